@@ -1,0 +1,40 @@
+"""gazelle fine-tunes open-weight language models.
+
+The public names below are imported on first use: `import gazelle` itself loads neither torch nor transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gazelle.base.device import is_bfloat16_supported
+    from gazelle.base.errors import GazelleError, UserError
+    from gazelle.facade.language_model import FastLanguageModel
+    from gazelle.train.config import SFTConfig
+    from gazelle.train.trainer import SFTTrainer
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "FastLanguageModel": "gazelle.facade.language_model",
+    "GazelleError": "gazelle.base.errors",
+    "SFTConfig": "gazelle.train.config",
+    "SFTTrainer": "gazelle.train.trainer",
+    "UserError": "gazelle.base.errors",
+    "is_bfloat16_supported": "gazelle.base.device",
+}
+
+__all__ = ["FastLanguageModel", "GazelleError", "SFTConfig", "SFTTrainer", "UserError", "__version__",
+           "is_bfloat16_supported"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gazelle' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

