@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 from typing import TYPE_CHECKING
 
 import psutil
@@ -27,7 +28,7 @@ def default_device() -> str:
 
 
 def is_bfloat16_supported() -> bool:
-    """True if the default device computes in bfloat16 at full speed. A CPU emulates it, so there the answer is False."""
+    """True if the default device computes in bfloat16 at full speed. A CPU emulates it: there the answer is False."""
     import torch
 
     kind = default_device().split(":")[0]
@@ -60,6 +61,15 @@ def check_device(device: str) -> None:
                           " that torch can use", where="device_map", found=device,
                           expected=f"a device that is there, such as {default_device()}",
                           fix="run `gazelle doctor`, or leave device_map out to let gazelle choose")
+
+
+def device_name(device: str) -> str:
+    """What people call the device: "NVIDIA H200", or the processor's architecture."""
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name(device)
+    return f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)"
 
 
 def memory_in_use(device: str) -> int:

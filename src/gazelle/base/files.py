@@ -47,11 +47,11 @@ def staged_folder(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
         staging.chmod(0o777 & ~umask)  # mkdtemp makes it private; the finished folder is an ordinary one
         if target.exists():
             earlier = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            os.replace(target, earlier / "it")
-            os.replace(staging, target)
+            target.replace(earlier / "it")
+            staging.replace(target)
             shutil.rmtree(earlier)
         else:
-            os.replace(staging, target)
+            staging.replace(target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -64,15 +64,15 @@ def write_text(path: Path, text: str) -> None:
             file.write(text)
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(path)
     except BaseException:
-        os.unlink(name)
+        Path(name).unlink()
         raise
 
 
 def cache_folder() -> Path:
-    """Where converted checkpoints are kept: `$GAZELLE_CACHE`, else `$XDG_CACHE_HOME/gazelle`, else `~/.cache/gazelle`."""
+    """Converted checkpoints live here: `$GAZELLE_CACHE`, else `$XDG_CACHE_HOME/gazelle`, else `~/.cache/gazelle`."""
     if chosen := os.environ.get("GAZELLE_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gazelle"

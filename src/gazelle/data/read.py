@@ -1,0 +1,175 @@
+"""Where rows come from: a file, a folder, a list, a `datasets.Dataset` or a name on the Hugging Face hub."""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from gazelle.base.errors import DataError
+from gazelle.data.parse import PARSERS, Row, parse_file
+
+# First word of a file name -> the split it holds: "train-00000-of-00001.parquet", "dev.jsonl".
+SPLITS = {"train": "train", "training": "train", "test": "test", "validation": "validation", "valid": "validation",
+          "val": "validation", "dev": "validation", "eval": "validation"}
+_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+(:[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """Rows in order, each with where it was read ("data.jsonl, line 17"), and the name of the source as a whole."""
+
+    items: Sequence[Row]
+    source: str
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Rows": ...
+    def __getitem__(self, index: int | slice) -> "Row | Rows":
+        return Rows(self.items[index], self.source) if isinstance(index, slice) else self.items[index]
+
+    def split(self, fraction: float, *, seed: int) -> "tuple[Rows, Rows]":
+        """The rows without a random `fraction` of them, and that fraction, both in their old order.
+
+        Raises:
+            DataError: one of the two would be empty.
+        """
+        count = round(len(self) * fraction)
+        if not 0 < count < len(self):
+            raise DataError("a fraction to hold out leaves nothing on one side", where=self.source,
+                            found=f"{fraction} of {len(self)} rows", expected="at least one row on each side",
+                            fix="choose another fraction, or add rows")
+        held = {int(index) for index in np.random.default_rng(seed).permutation(len(self))[:count]}
+        kept = [row for index, row in enumerate(self.items) if index not in held]
+        return Rows(kept, self.source), Rows([self.items[index] for index in sorted(held)], self.source)
+
+
+def read_rows(source: Any, *, split: str = "train", token: str | None = None) -> Rows:
+    """Read every row of `source`.
+
+    Args:
+        source: a path to a .json, .jsonl, .ndjson, .csv, .tsv, .parquet or .txt file (a .txt file is one row, with
+            its whole text in the column "text"); a folder of such files, or one written by `Dataset.save_to_disk`; a
+            list of dicts; a `datasets.Dataset` or `DatasetDict`; a hub name "owner/name" or "owner/name:config"; or
+            rows already read.
+        split: the part to read of a source that has parts: a `DatasetDict`, a hub name, or a folder with files named
+            after them (train.jsonl, test-0001.parquet). Any other source is read whole, a folder in order of its names.
+        token: access token for private and gated data sets of the hub.
+
+    Raises:
+        DataError: nothing there, no such split, no rows, or something that cannot be parsed.
+    """
+    if isinstance(source, Rows):
+        return source
+    if isinstance(source, str | Path):
+        rows = _read_named(source, split, token)
+    elif isinstance(source, list | tuple):
+        rows = Rows([(_mapping(row, f"row {number}"), f"row {number}") for number, row in enumerate(source, 1)], "list")
+    else:
+        rows = _read_dataset(source, split)
+    if not rows:
+        raise DataError("there are no rows", where=rows.source, found="0 rows", expected="at least one row",
+                        fix="check that the source was written completely")
+    # Parquet and pandas write a missing text as the number NaN.
+    return Rows([({name: None if _is_nan(value) else value for name, value in row.items()}, where)
+                 for row, where in rows], rows.source)
+
+
+def _is_nan(value: Any) -> bool:
+    return isinstance(value, float) and value != value
+
+
+def _mapping(row: Any, where: str) -> dict[str, Any]:
+    if not isinstance(row, Mapping):
+        raise DataError("a row is not a dict", where=where, found=repr(row),
+                        expected='a dict such as {"question": ..., "answer": ...}', fix="give every row column names")
+    return dict(row)
+
+
+def _read_named(source: str | Path, split: str, token: str | None) -> Rows:
+    path, name = Path(source).expanduser(), str(source)
+    if path.is_dir():
+        return _read_folder(path, split)
+    if path.is_file():
+        return Rows(parse_file(path), name)
+    looks_like_path = isinstance(source, Path) or path.suffix.lower() in PARSERS or name.startswith((".", "/", "~"))
+    if not looks_like_path and _HUB_NAME.fullmatch(name):
+        return _read_hub(name, split, token)
+    siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    raise DataError("there is no such file", where=name, found=f"nothing at {path.absolute()}",
+                    expected="a file, a folder, or a hub name such as owner/name",
+                    fix=f"did you mean {str(path.parent / close[0])!r}?" if close else "check the path")
+
+
+def _split_of(path: Path) -> str | None:
+    return SPLITS.get(re.split(r"[-_.]", path.name.lower())[0])
+
+
+def _no_split(split: str, present: set[str], where: str) -> DataError:
+    return DataError(f"there is no split {split!r}", where=where, found=split, expected=", ".join(sorted(present)),
+                     fix="name one of these as split=")
+
+
+def _read_folder(folder: Path, split: str) -> Rows:
+    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+        import datasets
+
+        return _read_dataset(datasets.load_from_disk(str(folder)), split, str(folder))
+    files = sorted(path for path in folder.iterdir()
+                   if path.is_file() and path.suffix.lower() in PARSERS and not path.name.startswith("."))
+    if not files:
+        inside = sorted(path.name for path in folder.iterdir())[:5]
+        raise DataError("the folder holds no data files", where=str(folder), found=", ".join(inside) or "nothing",
+                        expected="files ending in " + ", ".join(PARSERS),
+                        fix="name the folder that holds the files itself")
+    if present := {found for path in files if (found := _split_of(path))}:
+        wanted = SPLITS.get(split, split)
+        if wanted not in present:
+            raise _no_split(split, present, str(folder))
+        files = [path for path in files if _split_of(path) == wanted]
+    return Rows([row for path in files for row in parse_file(path)], str(folder))
+
+
+def _read_dataset(source: Any, split: str, name: str = "") -> Rows:
+    import datasets
+
+    if isinstance(source, datasets.DatasetDict):
+        if split not in source:
+            raise _no_split(split, set(source), name or "DatasetDict")
+        source = source[split]
+    if isinstance(source, datasets.IterableDataset | datasets.IterableDatasetDict):
+        raise DataError("a streamed data set has no length and cannot be checked before training",
+                        where=type(source).__name__, found="streaming=True", expected="a data set held on disk",
+                        fix="load it without streaming=True, or take a part: Dataset.from_list(list(data.take(10000)))")
+    if not isinstance(source, datasets.Dataset):
+        raise DataError("data cannot be read from this object", where=type(source).__name__, found=repr(source),
+                        expected="a path, a hub name, a list of dicts or a datasets.Dataset",
+                        fix="for a pandas table, pass table.to_dict('records')")
+    rows = source.with_format(None).to_list()
+    prefix = f"{name}, " if name else ""
+    return Rows([(row, f"{prefix}row {number}") for number, row in enumerate(rows, 1)], name or "Dataset")
+
+
+def _read_hub(name: str, split: str, token: str | None) -> Rows:
+    import datasets
+
+    repository, _, config = name.partition(":")
+    try:
+        found = datasets.load_dataset(repository, config or None, split=split, token=token)
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        raise DataError("the data set could not be loaded from the Hugging Face hub", where=name, found=str(error),
+                        expected=f"a data set {repository!r} with a split {split!r}; there is no such file here either",
+                        fix="check the name, the connection and, if it is private, token=; or download the file and "
+                            "give its path") from error
+    return _read_dataset(found, split, name)

@@ -1,0 +1,156 @@
+"""What is in the data, before the first step: counts, lengths, duplicates, and what to do about them."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from gazelle.data.encode import IGNORED, Encoded, Mismatch
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+QUANTILES = {"min": 0.0, "50 %": 0.5, "90 %": 0.9, "99 %": 0.99, "max": 1.0}
+
+
+@dataclass(frozen=True)
+class SplitReport:
+    """Figures of one split. Those that `Encoded` has too mean the same here.
+
+    Attributes:
+        examples: rows to train on, after dropping and chunking.
+        quantiles: tokens a row has before cutting.
+        tokens, labelled_tokens: of all examples, after cutting.
+        duplicates: rows that are the same as an earlier one.
+    """
+
+    source: str
+    format: str
+    rows: int
+    examples: int
+    max_length: int
+    quantiles: dict[str, int]
+    tokens: int
+    labelled_tokens: int
+    truncated: int
+    dropped: int
+    chunked: int
+    duplicates: int
+    boundary_merges: int
+    unclosed: int
+    checked: int
+    mismatched: int
+    mismatch: Mismatch | None
+    sample: list[tuple[str, bool]]
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """The train split, the test split if there is one, and what they share.
+
+    Attributes:
+        overlap_rows: test rows that are in the train split word for word.
+        overlap_prompts: test rows whose prompt is in the train split, up to case, spacing and punctuation.
+        warnings: sentences for people, each with its remedy.
+    """
+
+    train: SplitReport
+    test: SplitReport | None
+    overlap_rows: int
+    overlap_prompts: int
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain dicts, lists, numbers and strings."""
+        return asdict(self)
+
+    def lines(self) -> list[str]:
+        """The report as lines of text; labelled text of the sample stands in ⟦ ⟧."""
+        cells = [[name, *values] for name, *values in self._rows()]
+        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+        sample = "".join(f"⟦{text}⟧" if labelled else text for text, labelled in self.train.sample)
+        return [*("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+                  for row in cells),
+                "first row, labelled text in ⟦ ⟧:", *("  " + line for line in sample.splitlines()),
+                *("warning: " + warning for warning in self.warnings)]
+
+    def table(self) -> "Table":
+        """The figures as a table for the terminal."""
+        from rich.table import Table
+
+        head, *body = self._rows()
+        table = Table()
+        for name in head:
+            table.add_column(name, justify="left" if name == head[0] else "right", overflow="fold")
+        for row in body:
+            table.add_row(*row)
+        return table
+
+    def _rows(self) -> Iterator[list[str]]:
+        splits = [self.train, *([self.test] if self.test else [])]
+        yield ["data", *["train", "test"][: len(splits)]]
+        yield ["source", *(split.source or "-" for split in splits)]
+        yield ["format", *(split.format or "-" for split in splits)]
+        yield ["rows", *(f"{split.rows:,}" for split in splits)]
+        yield ["examples", *(f"{split.examples:,}" for split in splits)]
+        for name in QUANTILES:
+            yield [f"tokens a row, {name}", *(f"{split.quantiles[name]:,}" for split in splits)]
+        yield ["tokens", *(f"{split.tokens:,}" for split in splits)]
+        yield ["labelled", *(f"{split.labelled_tokens:,} ({split.labelled_tokens / split.tokens:.0%})"
+                             for split in splits)]
+        for title, name in (("truncated rows", "truncated"), ("rows left without a label", "dropped"),
+                            ("texts in several pieces", "chunked"), ("duplicates", "duplicates")):
+            yield [title, *(f"{getattr(split, name):,}" for split in splits)]
+        yield ["unlike inference", *(f"{split.mismatched:,} of {split.checked:,} answers" for split in splits)]
+        if self.test:
+            yield ["also in train: rows / prompts", "", f"{self.overlap_rows:,} / {self.overlap_prompts:,}"]
+
+
+def data_report(train: Encoded, test: Encoded | None = None) -> DataReport:
+    """Sum up what `encode` saw in the train split and, if given, the test split."""
+    rows = prompts = 0
+    if test is not None:
+        rows = sum(key in known for known in [set(train.row_keys)] for key in test.row_keys)
+        prompts = sum(key in known for known in [set(train.prompt_keys)] for key in test.prompt_keys)
+    reports = [_split(encoded) for encoded in (train, test) if encoded is not None]
+    warnings = [f"{name}: {warning}" if test is not None else warning
+                for name, report in zip(("train", "test"), reports, strict=False) for warning in _warnings(report)]
+    if prompts:
+        warnings.append(f"{prompts} of {reports[-1].rows} test prompts are in the train split too, {rows} with the same"
+                        " answer: the test shows what was memorised; take them out of one of the two.")
+    return DataReport(reports[0], reports[1] if test is not None else None, rows, prompts, warnings)
+
+
+def _split(encoded: Encoded) -> SplitReport:
+    values = np.quantile(encoded.lengths, list(QUANTILES.values()), method="higher")
+    return SplitReport(
+        source=encoded.source, format=encoded.format, rows=encoded.rows, examples=len(encoded.examples),
+        max_length=encoded.max_length, quantiles=dict(zip(QUANTILES, map(int, values), strict=True)),
+        tokens=sum(len(example.input_ids) for example in encoded.examples),
+        labelled_tokens=sum(len(example.labels) - example.labels.count(IGNORED) for example in encoded.examples),
+        truncated=encoded.truncated, dropped=encoded.dropped, chunked=encoded.chunked,
+        duplicates=len(encoded.row_keys) - len(set(encoded.row_keys)), boundary_merges=encoded.boundary_merges,
+        unclosed=encoded.unclosed, checked=encoded.checked, mismatched=encoded.mismatched, mismatch=encoded.mismatch,
+        sample=encoded.sample)
+
+
+def _warnings(split: SplitReport) -> Iterator[str]:
+    if split.truncated:
+        yield (f"{split.truncated} of {split.rows} rows are longer than max_length={split.max_length} and lose their "
+               f"end; max_length={split.quantiles['max']} keeps all of them.")
+    if split.dropped:
+        yield (f"{split.dropped} of {split.rows} rows are left out because max_length={split.max_length} cuts them "
+               "before their first answer; raise max_length.")
+    if split.duplicates:
+        yield f"{split.duplicates} rows are exact copies of others and count twice; remove them if that is not meant."
+    if split.mismatch:
+        yield (f"{split.mismatched} of {split.checked} answers follow other tokens in training than in inference, "
+               f"first {split.mismatch.where}: {split.mismatch.training} against {split.mismatch.inference}; the chat "
+               "template renders them differently, choose another with chat_template= or train on one answer a row.")
+    if split.boundary_merges:
+        yield (f"{split.boundary_merges} tokens hold the end of a prompt and the start of its answer, and are not "
+               "labelled; use a chat template that ends the prompt with a special token or a line break.")
+    if split.unclosed:
+        yield (f"{split.unclosed} answers end without a special token, so the model does not learn to stop; choose a "
+               "template that closes every answer with chat_template=.")

@@ -1,0 +1,131 @@
+"""Which characters of a rendered conversation the assistant writes.
+
+The conversation is rendered once in full. A turn's span runs from where inference would hand over to the model (the
+messages before it, rendered with the generation prompt) to the token that ends the turn. Both points come from
+rendering parts of the conversation and demanding that they are prefixes of the whole, never from searching the text
+for headers: a user may write "<|im_start|>assistant" too.
+
+Some templates render a turn differently once others follow it (Qwen3 drops earlier reasoning, Mistral v0.3 moves the
+system prompt to the last question), so that a part is no prefix. Then the whole is rendered again with the turn's text
+exchanged for a mark; what both renderings share at the start and at the end brackets the turn.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jinja2
+
+from gazelle.base.errors import DataError, ModelError
+from gazelle.data.conversation import Conversation
+
+_MARK = "\ue000mark\ue000"  # private-use characters, so that it shares neither end with a real text
+
+
+@dataclass(frozen=True)
+class Span:
+    """Characters [start, end) that the model is to write, after `prompt`; `closed` if a special token ends them."""
+
+    start: int
+    end: int
+    prompt: str
+    closed: bool
+
+
+class Renderer:
+    """Renders conversations with one tokenizer's chat template.
+
+    Raises:
+        ModelError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        if not tokenizer.chat_template:
+            raise ModelError("the tokenizer has no chat template", where="tokenizer", found="chat_template is empty",
+                             expected="a template that renders messages", fix='choose one: chat_template="chatml"')
+        self.tokenizer = tokenizer
+
+    def render(self, conversation: Conversation) -> tuple[str, list[Span]]:
+        """The text of a conversation and the spans of its labelled turns, in order.
+
+        Raises:
+            DataError: the template refuses the conversation, or renders a turn so that its end cannot be told.
+        """
+        messages = conversation.messages()
+        text = self._render(messages, conversation)
+        spans = [self._span(messages, number, text, conversation)
+                 for number, turn in enumerate(conversation.turns) if turn.labelled]
+        return text, spans
+
+    @functools.cached_property
+    def closing(self) -> str:
+        """What the template writes after an answer, through the first special token; "" if there is none."""
+        probe = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}],
+                             Conversation((), "chat template"))
+        after = probe.partition(_MARK)[2]
+        special = set(self.tokenizer.all_special_tokens) | {
+            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        ends = [(after.index(token), -len(token)) for token in special if token in after]
+        return after[: min(ends)[0] - min(ends)[1]] if ends else ""
+
+    def _span(self, messages: list[dict[str, Any]], number: int, text: str, row: Conversation) -> Span:
+        prompt = self._render(messages[:number], row, generation=True) if number else ""
+        whole = text if number == len(messages) - 1 else self._render(messages[: number + 1], row)
+        stable_start, stable_end = bool(prompt) and text.startswith(prompt), text.startswith(whole)
+        if stable_start and stable_end:
+            start, end = len(prompt), len(whole)
+        else:
+            start, content_end = self._bracket(messages, number, text, prompt, row)
+            start, end = (len(prompt) if stable_start else start), len(whole) if stable_end else content_end
+            if not stable_end:
+                if self.closing and not text.startswith(self.closing, end):
+                    raise _unclear("the chat template ends this answer unlike the last one", row, text[end : end + 40],
+                                   f"{self.closing!r} after every answer")
+                end += len(self.closing)
+        if not stable_end:
+            closed = bool(self.closing)
+        elif closed := bool(self.closing) and (at := text.rfind(self.closing, start, end)) >= 0:
+            end = at + len(self.closing)
+        else:  # tool calls may close with another token: keep all but the line breaks between turns
+            end = start + len(text[start:end].rstrip())
+        written = text[start:end].removesuffix(self.closing)
+        calls = [call["function"]["name"] for call in messages[number].get("tool_calls", ())]
+        if not written.strip() or not all(name in written for name in calls):
+            raise _unclear("the chat template leaves out this answer" + " or its tool calls" * bool(calls), row,
+                           written or "nothing", "all that the assistant says")
+        return Span(start, end, prompt, closed)
+
+    def _bracket(self, messages: list[dict[str, Any]], number: int, text: str, prompt: str,
+                 row: Conversation) -> tuple[int, int]:
+        """Start and end of one turn's content, by rendering with a mark in its place."""
+        marked = {"role": "assistant", "content": _MARK}
+        other = self._render([*messages[:number], marked, *messages[number + 1 :]], row)
+        start = _shared(text, other)
+        end = len(text) - _shared(text[::-1], other[::-1])
+        if start > end or _MARK not in other:
+            raise _unclear("the chat template mixes this answer with other messages", row, text[-60:],
+                           "every message in one place")
+        # What the model writes before the content, such as the space in "[/INST] answer", is its own too.
+        short = self._render([*messages[:number], marked], row)
+        lead = short[len(prompt) : short.rindex(_MARK)] if prompt and short.startswith(prompt) else ""
+        return start - len(lead) * text.endswith(lead, 0, start), end
+
+    def _render(self, messages: list[dict[str, Any]], row: Conversation, generation: bool = False) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(messages, tools=list(row.tools) or None, tokenize=False,
+                                                      add_generation_prompt=generation)
+        except (jinja2.TemplateError, TypeError, ValueError) as error:
+            roles = ", ".join(str(message["role"]) for message in messages)
+            raise DataError("the chat template refuses this conversation", where=row.where,
+                            found=f"{error} (roles: {roles})", expected="roles and fields that the template knows",
+                            fix="change the row, or choose another template with chat_template=") from error
+
+
+def _shared(left: str, right: str) -> int:
+    """How many characters two texts share at the start."""
+    return next((at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+
+
+def _unclear(what: str, row: Conversation, found: str, expected: str) -> DataError:
+    return DataError(what, where=row.where, found=repr(found), expected=expected,
+                     fix="choose another template with chat_template=, or split the row into one answer a row")

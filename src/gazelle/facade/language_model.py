@@ -1,0 +1,157 @@
+"""`FastLanguageModel`: the calls people type, bound to a model object."""
+
+import types
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gazelle.adapters.lora import add_lora
+from gazelle.adapters.tokens import resize_token_embeddings
+from gazelle.base.log import log_to_terminal
+from gazelle.models.load import load_model
+from gazelle.models.save import save_merged
+
+
+class FastLanguageModel:
+    """Loads models and puts adapters on them; never instantiated."""
+
+    @staticmethod
+    def from_pretrained(
+        model_name: str,
+        max_seq_length: int = 2048,
+        dtype: torch.dtype | str | None = None,
+        load_in_4bit: bool | None = None,
+        load_in_8bit: bool = False,
+        full_finetuning: bool = False,
+        quant_method: str = "nf4",
+        token: str | None = None,
+        device_map: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+        torch_dtype: torch.dtype | str | None = None,
+        **options: Any,
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """Load a model and its tokenizer.
+
+        Args:
+            model_name: hub name, local folder, one GGUF file, or a folder that holds a PEFT adapter.
+            max_seq_length: longest row in tokens; beyond the model's own limit its rotary positions are scaled.
+            dtype: type of the 16-bit or 32-bit weights and of the computation; default: by device. `torch_dtype` is
+                the older name.
+            load_in_4bit: NF4 base weights with double quantisation, in bitsandbytes' storage (the default).
+            load_in_8bit: int8 base weights.
+            full_finetuning: every weight is trained; nothing is quantised.
+            quant_method: "nf4" or "fp4".
+            token: for gated or private hub models.
+            device_map: one device, such as "cuda:0" or "cpu"; default: the best there is.
+            revision: branch, tag or commit of a hub model.
+            trust_remote_code: run Python code that comes with the checkpoint.
+            **options: names that other libraries take and that mean nothing here are refused with the nearest one.
+
+        Returns:
+            The model, in inference mode of its cache and ready for `get_peft_model`, and its tokenizer.
+
+        Raises:
+            UserError: naming what was found, what was expected and what to do, before any weight is loaded.
+        """
+        log_to_terminal()
+        model, tokenizer = load_model(
+            model_name, max_seq_length=max_seq_length, dtype=dtype if dtype is not None else torch_dtype,
+            load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, full_finetuning=full_finetuning,
+            quant_method=quant_method, token=token, device_map=device_map, revision=revision,
+            trust_remote_code=trust_remote_code, **options,
+        )
+        return bind(model), tokenizer
+
+    @staticmethod
+    def get_peft_model(
+        model: PreTrainedModel,
+        r: int = 16,
+        target_modules: list[str] | str | None = None,
+        lora_alpha: float = 16,
+        lora_dropout: float = 0.0,
+        bias: str = "none",
+        use_gradient_checkpointing: bool | str = "auto",
+        random_state: int = 3407,
+        use_rslora: bool = False,
+        loftq_config: dict[str, Any] | None = None,
+        layers_to_transform: list[int] | None = None,
+        modules_to_save: list[str] | None = None,
+        use_dora: bool = False,
+        **options: Any,
+    ) -> PeftModel:
+        """Put a LoRA adapter on a model.
+
+        Args:
+            model: from `from_pretrained`, or any Hugging Face causal model.
+            r: rank.
+            target_modules: names of linear layers, in the fused or the split spelling; default: all but the head.
+            lora_alpha: the adapter is scaled by `lora_alpha / r`, or by `lora_alpha / sqrt(r)` with `use_rslora`.
+            lora_dropout: dropout on the adapter's input.
+            bias: "none", "all" or "lora_only".
+            use_gradient_checkpointing: "auto" ("unsloth" means the same), True or False.
+            random_state: seed of the adapter's initial values.
+            use_rslora: rank-stabilised scale.
+            loftq_config: as in PEFT; None for the ordinary start at zero.
+            layers_to_transform: indices of the layers to adapt; default: all.
+            modules_to_save: modules trained in full and saved with the adapter, such as "lm_head".
+            use_dora: weight-decomposed adapter.
+            **options: further fields of `peft.LoraConfig`.
+
+        Raises:
+            OptionError: for a name, number or module that does not fit, with those that would.
+        """
+        log_to_terminal()
+        return bind(add_lora(
+            model, r=r, target_modules=target_modules, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias,
+            use_gradient_checkpointing=use_gradient_checkpointing, random_state=random_state, use_rslora=use_rslora,
+            loftq_config=loftq_config, layers_to_transform=layers_to_transform, modules_to_save=modules_to_save,
+            use_dora=use_dora, **options,
+        ))
+
+    @staticmethod
+    def for_inference(model: PreTrainedModel) -> PreTrainedModel:
+        """Switch to answering: evaluation mode, cache on, no checkpointing. Returns the same model."""
+        model.gradient_checkpointing_disable()
+        model.config.use_cache = True
+        return model.eval()
+
+    @staticmethod
+    def for_training(model: PreTrainedModel) -> PreTrainedModel:
+        """Switch back to training mode. Returns the same model."""
+        model.config.use_cache = False
+        return model.train()
+
+
+def bind(model: Any) -> Any:
+    """Give a model object the methods that people call on it. Nothing but this one object changes."""
+    model.save_pretrained_merged = types.MethodType(_save_pretrained_merged, model)
+    model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
+    return model
+
+
+def _save_pretrained_merged(
+    self: PreTrainedModel,
+    save_directory: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    save_method: str = "merged_16bit",
+    max_shard_size: str = "5GB",
+    **options: Any,
+) -> None:
+    """Write a checkpoint that plain transformers loads ("merged_16bit"), or the adapter alone ("lora").
+
+    Args:
+        save_directory: written beside and renamed into place; an earlier folder stays until then.
+        tokenizer: saved with the model.
+        save_method: "merged_16bit" or "lora".
+        max_shard_size: largest weight file, such as "4GB".
+        **options: `dtype` to write another type than the model's 16-bit one.
+    """
+    save_merged(self, tokenizer, save_directory, save_method=save_method, max_shard_size=max_shard_size, **options)
+
+
+def _resize_token_embeddings(self: PreTrainedModel, new_num_tokens: int | None = None, **options: Any) -> Any:
+    """As in transformers; the added rows are then trained with the adapter and saved with it."""
+    return resize_token_embeddings(self, new_num_tokens, **options)

@@ -1,0 +1,266 @@
+"""Loads a model and its tokenizer from a folder, a hub name, a GGUF file or an adapter, checked and ready to train."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from gazelle.base.device import check_device, default_device, default_dtype
+from gazelle.base.errors import ModelError, OptionError, nearest
+from gazelle.base.log import logger
+from gazelle.models.checkpoint import Checkpoint, check_finite, find_checkpoint, weight_files
+from gazelle.models.context import fit_context
+from gazelle.models.special_tokens import align_special_tokens
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_DTYPES = ("bfloat16", "float16", "float32")
+_PASSED_ON = ("attn_implementation",)
+_PLACES = ("auto", "balanced", "balanced_low_0", "sequential")
+
+
+def load_model(model_name: str, *, max_seq_length: int | None = None, dtype: "str | torch.dtype | None" = None,
+               load_in_4bit: bool | None = None, load_in_8bit: bool = False, full_finetuning: bool = False,
+               quant_method: str = "nf4", token: str | None = None,
+               device_map: "str | torch.device | dict[str, Any] | None" = None, revision: str | None = None,
+               trust_remote_code: bool = False, is_trainable: bool = True, cache_dir: str | None = None,
+               local_files_only: bool = False, **kwargs: Any) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """Load a causal language model and its tokenizer.
+
+    Args:
+        model_name: a model folder, a hub name, a `.gguf` file, or the folder or hub name of a PEFT adapter.
+        max_seq_length: tokens per sequence. Longer than the model was made for: linear rotary scaling. Left out:
+            2048, or the model's limit if shorter. Kept as `model.max_seq_length`.
+        dtype: what to compute in, such as "bfloat16"; None for what suits the device, "auto" for the checkpoint's own.
+        load_in_4bit: keep the linear weights in 4 bits. Left out: yes, unless 8 bits or full fine-tuning is asked for.
+        load_in_8bit: keep the linear weights in 8 bits (LLM.int8, https://arxiv.org/abs/2208.07339).
+        full_finetuning: train all weights, which rules out quantised ones.
+        quant_method: "nf4" (https://arxiv.org/abs/2305.14314) or "fp4", with the scales quantised as well.
+        token: a hub access token.
+        device_map: a device, a device map, or "auto". Left out: the first accelerator, else the CPU.
+        revision: hub branch, tag or commit.
+        trust_remote_code: run code that comes with the checkpoint.
+        is_trainable: for an adapter: go on training it.
+        cache_dir: the hub's download folder.
+        local_files_only: never ask the hub.
+        **kwargs: `attn_implementation`, as in transformers; `torch_dtype`, the earlier name of `dtype`.
+
+    Raises:
+        ModelError: the checkpoint is missing, damaged, pickled, or holds NaN.
+        OptionError: an option that is unknown or cannot be had together with another or on this machine.
+    """
+    dtype = _only_one(dtype, kwargs.pop("torch_dtype", None))
+    if unknown := [name for name in kwargs if name not in _PASSED_ON]:
+        known = [*load_model.__kwdefaults__, *_PASSED_ON]
+        raise OptionError("unknown option for loading a model", where="load_model", found=unknown[0],
+                          expected="an option it has", fix=nearest(unknown[0], known))
+    bits = _bits(load_in_4bit, load_in_8bit, full_finetuning, quant_method)
+    place = _device_map(device_map)
+    wanted = _dtype(dtype)
+    hub = {"token": token, "trust_remote_code": trust_remote_code, "cache_dir": cache_dir,
+           "local_files_only": local_files_only}
+    checkpoint = find_checkpoint(model_name, revision=revision, **hub)  # type: ignore[arg-type]
+    base = checkpoint
+    if checkpoint.adapter is not None:
+        base = _base_of(checkpoint, hub)
+
+    config = _config(base, trust_remote_code)
+    length = fit_context(config, max_seq_length)
+    quantization = _quantization(config, bits, quant_method, wanted, full_finetuning)
+    if quantization is not None:
+        _check_files(base, place)
+    model = _weights(base, config, wanted, place, quantization, trust_remote_code, kwargs)
+    if quantization is None:
+        check_finite(model.named_parameters(), base.name)
+    tokenizer = _tokenizer(checkpoint, base, trust_remote_code)
+    if checkpoint.adapter is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # tokens were added before the adapter
+    align_special_tokens(model, tokenizer)
+    tokenizer.model_max_length = length
+    model.max_seq_length = length
+    if checkpoint.adapter is not None:
+        from gazelle.adapters.load import put_adapter
+
+        model = put_adapter(model, checkpoint.folder, is_trainable=is_trainable)
+        model.max_seq_length = length
+    return model.eval() if not is_trainable else model, tokenizer
+
+
+def _only_one(dtype: Any, torch_dtype: Any) -> Any:
+    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
+        raise OptionError("dtype and torch_dtype are two names of one option", where="dtype", found=torch_dtype,
+                          expected=f"{dtype}, or only one of them", fix="leave torch_dtype out")
+    return dtype if dtype is not None else torch_dtype
+
+
+def _bits(four: bool | None, eight: bool, full: bool, quant_method: str) -> int:
+    if quant_method not in ("nf4", "fp4"):
+        raise OptionError("no such way to quantise", where="quant_method", found=quant_method, expected="nf4 or fp4",
+                          fix="leave quant_method out for nf4")
+    if four and eight:
+        raise OptionError("a model is kept in 4 bits or in 8, not both", where="load_in_4bit, load_in_8bit",
+                          found="both True", expected="one of them", fix="leave one of them out")
+    if full and (four or eight):
+        raise OptionError("quantised weights cannot be trained", where="full_finetuning",
+                          found="full_finetuning with " + ("load_in_4bit" if four else "load_in_8bit"),
+                          expected="full fine-tuning on unquantised weights", fix="leave out the quantisation")
+    if full or four is False:
+        return 8 if eight else 0
+    return 8 if eight else 4
+
+
+def _device_map(place: "str | torch.device | dict[str, Any] | None") -> Any:
+    if isinstance(place, dict):
+        for device in place.values():
+            check_device(f"cuda:{device}" if isinstance(device, int) else str(device))
+        return place
+    if place in _PLACES:
+        return place
+    device = default_device() if place is None else str(place)
+    check_device(device)
+    return {"": device}
+
+
+def _dtype(dtype: "str | torch.dtype | None") -> "torch.dtype | str":
+    import torch
+
+    if dtype is None:
+        return default_dtype()
+    if isinstance(dtype, torch.dtype):
+        name = str(dtype).removeprefix("torch.")
+    else:
+        name = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}.get(
+            str(dtype), str(dtype).removeprefix("torch."))
+    if name == "auto":
+        return "auto"
+    if name not in _DTYPES:
+        raise OptionError("a model cannot compute in this type", where="dtype", found=dtype,
+                          expected="auto, " + ", ".join(_DTYPES), fix=nearest(name, ["auto", *_DTYPES]))
+    return getattr(torch, name)
+
+
+def _base_of(checkpoint: Checkpoint, hub: dict[str, Any]) -> Checkpoint:
+    adapter = checkpoint.adapter or {}
+    name = adapter.get("base_model_name_or_path")
+    if not name:
+        raise ModelError("the adapter does not say which model it belongs to", where=checkpoint.name,
+                         found="no base_model_name_or_path", expected="a model folder or hub name",
+                         fix="write base_model_name_or_path into adapter_config.json")
+    try:
+        base = find_checkpoint(name, revision=adapter.get("revision"), **hub)
+    except ModelError as error:
+        raise ModelError("the model that this adapter belongs to cannot be found", where=checkpoint.name,
+                         found=f"{name}: {error.what}", expected="the base model, whole",
+                         fix="put it back, or correct base_model_name_or_path in adapter_config.json") from error
+    if base.adapter is not None:
+        raise ModelError("the adapter belongs to another adapter", where=checkpoint.name, found=name,
+                         expected="a whole model as its base", fix="merge the other adapter first")
+    return base
+
+
+def _config(base: Checkpoint, trust_remote_code: bool) -> "PretrainedConfig":
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError("config.json cannot be used", where=base.name, found=str(error),
+                         expected="a model type that transformers knows",
+                         fix="update transformers, or pass trust_remote_code=True if you trust the repository's code"
+                         ) from error
+
+
+def _quantization(config: "PretrainedConfig", bits: int, method: str, dtype: Any,
+                  full: bool) -> "BitsAndBytesConfig | None":
+    earlier = getattr(config, "quantization_config", None)
+    if earlier is not None:
+        kind = earlier.get("quant_method", "unknown") if isinstance(earlier, dict) else earlier.quant_method
+        if full:
+            raise OptionError("this checkpoint is quantised, and quantised weights cannot be trained",
+                              where="full_finetuning", found=f"{kind} weights", expected="an unquantised checkpoint",
+                              fix="load the original model, or leave out full_finetuning")
+        logger.info("The checkpoint is quantised already (%s); it is used as it is.", kind)
+        return None
+    if not bits:
+        return None
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else dtype
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=method, bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=compute)
+
+
+def _check_files(base: Checkpoint, place: Any) -> None:
+    """Look for NaN before quantising: afterwards it is gone from sight but not from the results."""
+    from safetensors import safe_open
+
+    device = place.get("", "cpu") if isinstance(place, dict) else "cpu"
+    for path in weight_files(base.folder):
+        with safe_open(path, framework="pt", device=device) as file:
+            check_finite(((name, file.get_tensor(name)) for name in file.keys()), base.name)  # noqa: SIM118
+
+
+def _weights(base: Checkpoint, config: "PretrainedConfig", dtype: Any, place: Any,
+             quantization: "BitsAndBytesConfig | None", trust_remote_code: bool,
+             options: dict[str, Any]) -> "PreTrainedModel":
+    from transformers import AutoModelForCausalLM
+
+    if quantization is not None:
+        options = options | {"quantization_config": quantization}
+    try:
+        with quiet():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                base.folder, config=config, dtype=dtype, device_map=place, use_safetensors=True,
+                trust_remote_code=trust_remote_code, output_loading_info=True, **options)
+    except (ValueError, RuntimeError, ImportError, KeyError, OSError) as error:
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError("the model cannot be loaded", where=base.name, found=str(error),
+                         expected="weights that fit config.json", fix="check that all files come from one checkpoint"
+                         ) from error
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError("tensors are missing from the weights", where=base.name,
+                         found=f"no {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" * (len(missing) > 3)),
+                         expected=f"all tensors of {type(model).__name__}",
+                         fix="check that config.json and the weights come from one checkpoint")
+    model.config._name_or_path = model.name_or_path = base.name  # what an adapter writes down as its base
+    return model
+
+
+def _tokenizer(checkpoint: Checkpoint, base: Checkpoint, trust_remote_code: bool) -> "PreTrainedTokenizerBase":
+    from transformers import AutoTokenizer
+
+    own = (checkpoint.folder / "tokenizer_config.json").exists()
+    source = checkpoint if own else base
+    try:
+        with quiet():
+            return AutoTokenizer.from_pretrained(source.folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError, OSError, ImportError) as error:
+        raise ModelError("the tokenizer cannot be loaded", where=source.name, found=str(error),
+                         expected="tokenizer.json and tokenizer_config.json beside the weights",
+                         fix="copy the tokenizer files of the model into the folder") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' progress bars and advice off the terminal; what matters in them is checked and raised here."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

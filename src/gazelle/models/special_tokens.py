@@ -1,0 +1,61 @@
+"""A pad token that is not EOS, and one set of special ids in tokenizer, config and generation config."""
+
+from typing import TYPE_CHECKING
+
+from gazelle.base.errors import ModelError
+from gazelle.base.log import logger
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+# In order of preference. All are unused in conversations of the families that have them.
+_SPARE = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", "[UNK]")
+_NEW = "<|pad|>"
+
+
+def align_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Choose a pad token if there is none or it is EOS, pad on the right, and bring all configs in line, in place.
+
+    With EOS as padding, a model is taught to ignore the token it should end with. The vocabulary grows by `<|pad|>`
+    only if it has no spare special token, and the embedding only if it has no spare row.
+
+    Raises:
+        ModelError: the tokenizer has no EOS token, or more tokens than the embedding has rows.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer has no end-of-sequence token", where=str(tokenizer.name_or_path), found="none",
+                         expected="eos_token in tokenizer_config.json", fix="set eos_token in tokenizer_config.json")
+    if len(tokenizer) > rows:
+        raise ModelError("the tokenizer does not belong to this model", where=str(tokenizer.name_or_path),
+                         found=f"{len(tokenizer):,} tokens", expected=f"at most the embedding's {rows:,} rows",
+                         fix="use the tokenizer that came with the model")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        _choose_pad(model, tokenizer, rows)
+    tokenizer.padding_side = "right"
+
+    generation = model.generation_config
+    stops = generation.eos_token_id if generation else None
+    stops = list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
+    if tokenizer.eos_token_id not in stops:
+        stops.insert(0, tokenizer.eos_token_id)
+    for config in (model.config.get_text_config(), generation):
+        if config is not None:
+            config.pad_token_id = tokenizer.pad_token_id
+            config.bos_token_id = tokenizer.bos_token_id
+    model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
+    if generation is not None:
+        generation.eos_token_id = stops if len(stops) > 1 else stops[0]
+
+
+def _choose_pad(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: int) -> None:
+    vocabulary = tokenizer.get_vocab()
+    reserved = sorted(token for token in vocabulary if token.startswith("<|reserved_special_token_"))
+    taken = (tokenizer.eos_token, tokenizer.bos_token)
+    spare = next((token for token in (*_SPARE, *reserved) if token in vocabulary and token not in taken), None)
+    tokenizer.pad_token = spare or _NEW
+    if spare is None:
+        tokenizer.add_special_tokens({"pad_token": _NEW})
+        if len(tokenizer) > rows:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+            logger.info("The vocabulary has no spare token to pad with: added %s.", _NEW)

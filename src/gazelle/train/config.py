@@ -1,0 +1,160 @@
+"""`SFTConfig`: transformers' TrainingArguments plus what supervised fine-tuning adds, with the older names still taken."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from transformers import TrainingArguments
+
+from gazelle.base.device import default_device
+from gazelle.base.errors import OptionError, nearest
+from gazelle.base.log import say_once
+
+# Spellings that earlier releases of transformers and TRL took, and what they are called now.
+RENAMED = {
+    "evaluation_strategy": "eval_strategy",
+    "max_seq_length": "max_length",
+    "dataset_format": "data_format",
+    "no_cuda": "use_cpu",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+}
+# Options that no longer mean anything here: taken with a line in the log, so that older scripts go on running.
+DROPPED = {
+    "overwrite_output_dir": "an output folder is written to in place",
+    "save_safetensors": "safetensors is the only format",
+    "group_by_length": "rows are packed without padding, so grouping by length saves nothing",
+    "eval_packing": "evaluation rows are packed the way training rows are",
+    "dataset_batch_size": "rows are tokenised in batches of a fixed size",
+    "dataset_kwargs": "the data set is prepared by gazelle",
+    "padding_free": "rows are always packed without padding where the model allows it",
+    "assistant_only_loss": 'say train_on="responses" (the default) or train_on="all"',
+    "completion_only_loss": 'say train_on="responses" (the default) or train_on="all"',
+    "fp16_backend": "transformers dropped it",
+    "half_precision_backend": "transformers dropped it",
+    "push_to_hub_token": "use hub_token",
+}
+
+
+@dataclass
+class _SFTArguments(TrainingArguments):
+    """The fields; `SFTConfig` adds the older spellings and the checks."""
+
+    output_dir: str | None = field(default="outputs", metadata={"help": "Folder for adapter, checkpoints and report."})
+    learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
+    logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
+    report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, ... or none."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Longest row in tokens; longer ones are cut. Default: the model's max_seq_length."}
+    )
+    packing: bool = field(
+        default=False, metadata={"help": "Fill each batch entry with as many rows as fit in max_length."}
+    )
+    packing_strategy: Literal["bfd", "wrapped"] = field(
+        default="bfd", metadata={"help": "bfd keeps rows whole; wrapped cuts the stream of tokens at max_length."}
+    )
+    train_on: Literal["responses", "all"] = field(
+        default="responses", metadata={"help": "Which tokens are learnt: what the assistant says, or every token."}
+    )
+    dataset_text_field: str = field(default="text", metadata={"help": "Column that holds raw text."})
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "Taken for compatibility: the tokenizer's own threads are faster."}
+    )
+    data_format: str = field(default="auto", metadata={"help": "alpaca, sharegpt, messages, ... or auto."})
+    columns: dict[str, str] | str | None = field(
+        default=None, metadata={"help": 'Column map, canonical name to yours: {"instruction": "question"}.'}
+    )
+    system: str | None = field(default=None, metadata={"help": "System turn for rows that have none."})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "Name of a shipped template; default: the tokenizer's own."}
+    )
+    report: bool = field(default=True, metadata={"help": "Write report.html and loss.png when training ends."})
+    report_samples: int = field(
+        default=3, metadata={"help": "Prompts answered before and after training, shown in the report."}
+    )
+    report_max_new_tokens: int = field(default=48, metadata={"help": "Longest sample answer in the report, in tokens."})
+
+
+class SFTConfig(_SFTArguments):
+    """Settings of a fine-tuning run.
+
+    Takes every field of `transformers.TrainingArguments`, the fields above, and the names that older releases of
+    transformers and TRL used for them.
+
+    Raises:
+        OptionError: for a name nobody knows (with the nearest one), or a value that cannot be used.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **current_names(kwargs))
+
+    def __post_init__(self) -> None:
+        check_values(self)
+        if default_device() == "cpu":
+            self._without_gpu()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise OptionError(str(error).splitlines()[0], where="SFTConfig",
+                              fix="change the option named in the message") from error
+
+    def _without_gpu(self) -> None:
+        """On a CPU, 16-bit training and pinned memory have no meaning; scripts written for a GPU ask for both."""
+        if self.fp16 or self.bf16:
+            say_once(f"{'fp16' if self.fp16 else 'bf16'}=True needs a GPU; training in float32")
+            self.fp16 = self.bf16 = False
+        self.dataloader_pin_memory = False
+
+
+def current_names(options: dict[str, Any]) -> dict[str, Any]:
+    """`options` under the names of today.
+
+    Raises:
+        OptionError: when a name is unknown, or given in both spellings.
+    """
+    known = {option.name for option in dataclasses.fields(_SFTArguments) if option.init}
+    current: dict[str, Any] = {}
+    for name, value in options.items():
+        if name in DROPPED and name not in known:
+            say_once(f"{name} has no effect: {DROPPED[name]}")
+            continue
+        today = RENAMED.get(name, name)
+        if today not in known:
+            raise OptionError("no such training option", where=f"SFTConfig({name}=…)", found=name,
+                              expected="a field of SFTConfig or transformers.TrainingArguments",
+                              fix=nearest(name, known | RENAMED.keys()))
+        if today in current:
+            raise OptionError(f"{today} is given twice", where="SFTConfig", found=f"{name} and {today}",
+                              expected="one of them", fix=f"keep {today}")
+        current[today] = value
+    return current
+
+
+def from_training_arguments(args: TrainingArguments) -> SFTConfig:
+    """An `SFTConfig` with the values of plain `transformers.TrainingArguments`, or `args` itself if it is one."""
+    if isinstance(args, SFTConfig):
+        return args
+    taken = {option.name: getattr(args, option.name) for option in dataclasses.fields(TrainingArguments)
+             if option.init and not option.name.startswith("_")}
+    return SFTConfig(**taken)
+
+
+def check_values(config: _SFTArguments) -> None:
+    """Raise `OptionError` for a value that would only fail later, in the middle of the work."""
+    counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
+    if config.max_length is not None:
+        counts.append("max_length")
+    for name in counts:
+        _check(name, getattr(config, name), "a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1)
+    _check("learning_rate", config.learning_rate, "a number above 0",
+           lambda v: isinstance(v, int | float) and v > 0)
+    _check("num_train_epochs", config.num_train_epochs, "a number above 0",
+           lambda v: isinstance(v, int | float) and (v > 0 or config.max_steps > 0))
+    _check("packing_strategy", config.packing_strategy, "'bfd' or 'wrapped'", lambda v: v in ("bfd", "wrapped"))
+    _check("train_on", config.train_on, "'responses' or 'all'", lambda v: v in ("responses", "all"))
+
+
+def _check(name: str, value: object, expected: str, accepts: Any) -> None:
+    if isinstance(value, bool) or not accepts(value):
+        raise OptionError("a training option has a value that cannot be used", where=name, found=repr(value),
+                          expected=expected, fix=f"set {name} to {expected}")

@@ -1,0 +1,50 @@
+"""`metrics.jsonl`: one JSON object a log line, written as training goes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+
+class MetricsFile(TrainerCallback):
+    """Appends every log entry, with its step, to `output_dir/metrics.jsonl`; a fresh run starts a fresh file."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the file anew; after a resume, keep the entries up to the step resumed from."""
+        if not state.is_world_process_zero:
+            return
+        path = metrics_path(args)
+        kept = [entry for entry in read_metrics(path) if entry["step"] <= state.global_step] if state.global_step else []
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
+        logs: dict[str, float] | None = None, **kwargs: Any,
+    ) -> None:
+        """Append one line."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        # JSON has no NaN: a loss that is not a number is written as null.
+        entry = {"step": state.global_step} | {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in logs.items()
+        }
+        with metrics_path(args).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def metrics_path(args: TrainingArguments) -> Path:
+    """Where the metrics of a run are."""
+    folder = Path(str(args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / "metrics.jsonl"
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The entries of a metrics file, oldest first; none if there is no file."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

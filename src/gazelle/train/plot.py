@@ -1,0 +1,68 @@
+"""Curves of a run, drawn with matplotlib."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+INK, TRAIN, EVAL = "#334155", "#c2681f", "#1f6fc2"
+
+
+def curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[str, list[float], list[float]]]]:
+    """Panel title → (label, steps, values) of each of its lines; panels without any value are left out."""
+
+    def line(label: str, key: str) -> tuple[str, list[float], list[float]]:
+        entries = [entry for entry in metrics if entry.get(key) is not None]
+        return label, [entry["step"] for entry in entries], [entry[key] for entry in entries]
+
+    panels = {
+        "Loss": [line("training", "loss"), line("evaluation", "eval_loss")],
+        "Learning rate": [line("learning rate", "learning_rate")],
+        "Tokens per second": [line("tokens/s", "tokens_per_second")],
+    }
+    drawn = {title: [item for item in lines if item[1]] for title, lines in panels.items()}
+    return {title: lines for title, lines in drawn.items() if lines}
+
+
+def _figure(title: str, lines: list[tuple[str, list[float], list[float]]], size: tuple[float, float]) -> Any:
+    # The object interface, not pyplot: no global state, no display, safe in any thread.
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    for label, steps, values in lines:
+        colour = EVAL if label == "evaluation" else TRAIN
+        axes.plot(steps, values, color=colour, label=label, linewidth=1.8, marker="o" if len(steps) < 30 else None,
+                  markersize=3.5)
+    axes.set_title(title, loc="left", fontsize=11, color=INK)
+    axes.set_xlabel("optimizer step", color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=INK)
+    if title != "Learning rate":
+        axes.set_ylim(bottom=0)
+    if len(lines) > 1:
+        axes.legend(frameon=False)
+    return figure
+
+
+def loss_png(metrics: list[dict[str, Any]], path: Path) -> None:
+    """Write the loss curve, training and evaluation, as a PNG. Writes nothing if no loss was logged."""
+    lines = curves(metrics).get("Loss")
+    if lines:
+        _figure("Loss", lines, (8, 4.5)).savefig(path, dpi=130)
+
+
+def panel_svgs(metrics: list[dict[str, Any]]) -> list[str]:
+    """Each panel as a stand-alone `<svg>` element, for pasting into HTML."""
+    import matplotlib as mpl
+
+    images = []
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gazelle"}):
+        for title, lines in curves(metrics).items():
+            buffer = io.StringIO()
+            _figure(title, lines, (5.6, 3.2)).savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
+            text = buffer.getvalue()
+            images.append(text[text.index("<svg") :])  # without the XML prologue
+    return images

@@ -1,0 +1,110 @@
+"""`report.html`: what a run was given, what it did and what came of it, in one file without outside parts."""
+
+import datetime
+import importlib.metadata
+import platform
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import psutil
+from transformers import TrainingArguments
+
+from gazelle.base.files import write_text
+from gazelle.data.report import DataReport
+from gazelle.train.metrics import metrics_path, read_metrics
+from gazelle.train.plot import loss_png, panel_svgs
+from gazelle.train.samples import Sample
+
+PACKAGES = ("gazelle", "torch", "transformers", "peft", "bitsandbytes")
+SECRETS = ("token", "api_key", "password", "secret")
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What the report says of a run besides metrics, data and samples. Times in seconds, memory in bytes."""
+
+    model_name: str
+    device: str
+    trainable: int
+    parameters: int
+    steps: int
+    seconds: float
+    tokens: int
+    peak_memory: int
+    adapter: dict[str, Any] | None
+
+
+def write_report(args: TrainingArguments, facts: RunFacts, data: DataReport, samples: list[Sample]) -> Path:
+    """Write `report.html` and `loss.png` into the output folder; returns the path of the page."""
+    folder = Path(str(args.output_dir))
+    metrics = read_metrics(metrics_path(args))
+    loss_png(metrics, folder / "loss.png")
+    losses = [entry["loss"] for entry in metrics if entry.get("loss") is not None]
+    evals = [entry["eval_loss"] for entry in metrics if entry.get("eval_loss") is not None]
+    cards = [("optimizer steps", f"{facts.steps:,}"), ("training time", duration(facts.seconds)),
+             ("tokens per second", f"{facts.tokens / max(facts.seconds, 1e-9):,.0f}"),
+             ("peak memory", f"{facts.peak_memory / 1e9:.1f} GB"),
+             ("trainable parameters", f"{facts.trainable:,} ({facts.trainable / facts.parameters:.2%})")]
+    if losses:
+        cards.insert(0, ("training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}"))
+    if evals:
+        cards.insert(1, ("evaluation loss", f"{evals[-1]:.3f}"))
+    page = _environment().get_template("report.html.jinja").render(
+        title=f"Fine-tuning {Path(facts.model_name).name or facts.model_name}",
+        subtitle=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z} · {folder.resolve()}",
+        cards=cards, plots=panel_svgs(metrics), samples=samples,
+        warnings=data.warnings, data_lines="\n".join(data.lines()),
+        settings=_settings(args, facts), all_settings=_all_settings(args), machine=_machine(facts),
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as "45 s", "3 min 20 s" or "2 h 05 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+                              undefined=jinja2.StrictUndefined)
+
+
+def _settings(args: TrainingArguments, facts: RunFacts) -> list[tuple[str, Any]]:
+    """The few settings that readers look for first."""
+    names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
+             "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "seed",
+             "max_length", "packing", "train_on")
+    chosen = [(name, _plain(getattr(args, name))) for name in names if hasattr(args, name)]
+    return [("model", facts.model_name), ("adapter", facts.adapter or "none: full fine-tuning"), *chosen]
+
+
+def _all_settings(args: TrainingArguments) -> list[tuple[str, Any]]:
+    return [(option.name, "(set)" if _secret(option.name) and getattr(args, option.name) else
+             _plain(getattr(args, option.name)))
+            for option in sorted(fields(args), key=lambda item: item.name) if not option.name.startswith("_")]
+
+
+def _secret(name: str) -> bool:
+    return any(word in name for word in SECRETS) and name != "include_num_input_tokens_seen"
+
+
+def _plain(value: Any) -> Any:
+    return getattr(value, "value", value)  # enums by their value
+
+
+def _machine(facts: RunFacts) -> list[tuple[str, str]]:
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    return [("device", facts.device), ("CPU cores", str(len(psutil.Process().cpu_affinity()) if hasattr(
+        psutil.Process, "cpu_affinity") else psutil.cpu_count())),
+            ("host memory", f"{psutil.virtual_memory().total / 1e9:.0f} GB"),
+            ("Python", f"{platform.python_version()} on {platform.system()}"), ("packages", versions)]
+
+

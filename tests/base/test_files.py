@@ -1,0 +1,75 @@
+"""Folders and files appear whole or not at all."""
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from gazelle.base.errors import OutputError
+from gazelle.base.files import cache_folder, check_writable, staged_folder, write_text
+
+
+def test_a_staged_folder_takes_its_name_at_the_end(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "out"
+    with staged_folder(target) as folder:
+        (folder / "a").write_text("1")
+        assert not target.exists()
+    assert (target / "a").read_text() == "1"
+    assert os.listdir(target.parent) == ["out"]
+    assert stat.S_IMODE(target.stat().st_mode) & 0o700 == 0o700
+
+
+def test_a_failed_staged_folder_leaves_the_earlier_one(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "a").write_text("old")
+    with pytest.raises(RuntimeError), staged_folder(target) as folder:
+        (folder / "a").write_text("new")
+        raise RuntimeError
+    assert (target / "a").read_text() == "old"
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_replacing_drops_the_earlier_folder_whole(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "stale").write_text("old")
+    with staged_folder(target) as folder:
+        (folder / "a").write_text("new")
+    assert os.listdir(target) == ["a"]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_used_folder_can_be_protected(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(OutputError, match="already in use"), staged_folder(tmp_path, overwrite=False):
+        pass
+
+
+def test_write_text_replaces_and_cleans_up(tmp_path: Path) -> None:
+    write_text(tmp_path / "a", "1")
+    write_text(tmp_path / "a", "2")
+    assert (tmp_path / "a").read_text() == "2"
+    with pytest.raises(UnicodeEncodeError):
+        write_text(tmp_path / "a", "\ud800")
+    assert (tmp_path / "a").read_text() == "2"
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_unwritable_places_are_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="through a file"):
+        check_writable(tmp_path / "file" / "out")
+    with pytest.raises(OutputError, match="cannot be written"):
+        check_writable(Path("/proc/out"))  # read-only for root as well
+    check_writable(tmp_path / "new" / "out")
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "/x")
+    monkeypatch.delenv("GAZELLE_CACHE", raising=False)
+    assert cache_folder() == Path("/x/gazelle")
+    monkeypatch.setenv("GAZELLE_CACHE", "/y")
+    assert cache_folder() == Path("/y")
