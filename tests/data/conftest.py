@@ -1,5 +1,6 @@
 """Tokenizers: the demo model's own, and small ones with the special tokens of each template."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,11 @@ def smollm(demo_gguf: Path) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(demo_gguf.parent, gguf_file=demo_gguf.name)
     tokenizer.eos_token = "<|im_end|>"  # the GGUF file names <|im_start|>
     return tokenizer
+
+
+@pytest.fixture(scope="session")
+def make_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
+    return small_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-from conftest import small_tokenizer
 
 from gazelle.base.errors import ModelError, OptionError
 from gazelle.data.templates import TEMPLATES, choose_template, ensure_template, get_template
@@ -18,7 +17,8 @@ EXPECTED = {
                "<|start_header_id|>assistant<|end_header_id|>\n\nA1<|eot_id|>"
                "<|start_header_id|>user<|end_header_id|>\n\nU2<|eot_id|>"
                "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    "phi-3": "<|system|>\nS<|end|>\n<|user|>\nU1<|end|>\n<|assistant|>\nA1<|end|>\n<|user|>\nU2<|end|>\n<|assistant|>\n",
+    "phi-3": "<|system|>\nS<|end|>\n<|user|>\nU1<|end|>\n<|assistant|>\nA1<|end|>\n"
+             "<|user|>\nU2<|end|>\n<|assistant|>\n",
     "phi-4": "<|im_start|>system<|im_sep|>S<|im_end|><|im_start|>user<|im_sep|>U1<|im_end|>"
              "<|im_start|>assistant<|im_sep|>A1<|im_end|><|im_start|>user<|im_sep|>U2<|im_end|>"
              "<|im_start|>assistant<|im_sep|>",
@@ -66,15 +66,15 @@ def test_llama_calls_tool_results_ipython(tokenizers: dict[str, Any]) -> None:
     ("llama", "llama-3"), ("qwen3_moe", "qwen"), ("phi3", "phi-3"), ("phi3", "phi-4"), ("gemma3_text", "gemma"),
     ("mistral", "mistral"), ("llama", "chatml"), ("new_family", "chatml"), ("new_family", "gemma"),
 ])
-def test_choice_goes_by_the_vocabulary(model_type: str, template: str) -> None:
-    tokenizer = small_tokenizer(None, TEMPLATES[template])
+def test_choice_goes_by_the_vocabulary(model_type: str, template: str, make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer(None, TEMPLATES[template])
     assert choose_template(tokenizer, model_type) == template
     ensure_template(tokenizer, model_type)
     assert tokenizer.chat_template == get_template(template)
 
 
-def test_own_template_stays_unless_another_is_named() -> None:
-    tokenizer = small_tokenizer("{{ 'mine' }}", TEMPLATES["chatml"])
+def test_own_template_stays_unless_another_is_named(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer("{{ 'mine' }}", TEMPLATES["chatml"])
     ensure_template(tokenizer, "llama")
     assert tokenizer.chat_template == "{{ 'mine' }}"
     ensure_template(tokenizer, "llama", "Qwen2.5")
@@ -83,15 +83,15 @@ def test_own_template_stays_unless_another_is_named() -> None:
     assert tokenizer.chat_template.startswith("{% for")
 
 
-def test_templates_that_do_not_fit() -> None:
-    plain = small_tokenizer(None, ())
+def test_templates_that_do_not_fit(make_tokenizer: Any) -> None:
+    plain = make_tokenizer(None, ())
     assert choose_template(plain, "llama") is None
     with pytest.raises(ModelError, match="none fits") as caught:
         ensure_template(plain, "llama")
     assert "<|im_start|>" in str(caught.value.found)
     assert "chat_template=" in caught.value.fix
     with pytest.raises(ModelError, match="does not fit") as caught:
-        ensure_template(small_tokenizer(None, TEMPLATES["gemma"]), "gemma", "llama-3")
+        ensure_template(make_tokenizer(None, TEMPLATES["gemma"]), "gemma", "llama-3")
     assert "<|eot_id|>" in str(caught.value.found)
     assert "gemma" in caught.value.fix
     with pytest.raises(OptionError, match="lama-3") as caught:

@@ -87,7 +87,7 @@ def encode(conversations: Sequence[Conversation], tokenizer: Any, *, max_length:
     """Render, tokenise and label `conversations`.
 
     Conversations are cut on the right at `max_length` tokens. Texts get the tokenizer's own first token, if it adds
-    one, and an EOS token, are labelled throughout, and are cut into pieces of `max_length`.
+    one, and an EOS token, are labelled throughout, and are cut into equal pieces of at most `max_length`.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with an EOS token, and a chat template unless all rows are texts.
@@ -207,9 +207,9 @@ def _texts(texts: list[str], tokenizer: Any) -> Iterator[list[int]]:
 def _keep_text(ids: list[int], where: str, encoded: Encoded) -> None:
     encoded.lengths.append(len(ids))
     encoded.chunked += len(ids) > encoded.max_length
-    for start in range(0, len(ids) - 1, encoded.max_length):  # a lone last token has nothing to be predicted from
-        piece = ids[start : start + encoded.max_length]
-        encoded.examples.append(Example(piece, [IGNORED, *piece[1:]], where))
+    # Equal pieces: a short remainder would have next to nothing to be predicted from.
+    for piece in np.array_split(ids, -(-len(ids) // encoded.max_length)):
+        encoded.examples.append(Example(piece.tolist(), [IGNORED, *piece[1:].tolist()], where))
 
 
 def _compare(answers: list[tuple[str, list[int], str]], tokenizer: Any, encoded: Encoded) -> None:
@@ -232,7 +232,7 @@ def _compare(answers: list[tuple[str, list[int], str]], tokenizer: Any, encoded:
 
 def _sample(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
     pairs = zip(example.input_ids, example.labels, strict=True)
-    return [(tokenizer.decode([token for token, _ in group]), labelled)
+    return [(tokenizer.decode([token for token, _ in group], clean_up_tokenization_spaces=False), labelled)
             for labelled, group in itertools.groupby(pairs, lambda pair: pair[1] != IGNORED)]
 
 

@@ -160,7 +160,7 @@ def detect_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None)
 
 def _check_columns(rows: Sequence[Row], chosen: Mapping[str, str]) -> None:
     canonical = {column for form in FORMATS.values() for column in form.columns}
-    present = {name for row, _ in rows for name in row}
+    present = {name for row, _ in rows for name in row} if chosen else set()
     for column, name in chosen.items():
         if column not in canonical:
             raise OptionError(f"no format has a column {column!r}", where="columns", found=column,

@@ -69,10 +69,10 @@ class DataReport:
         """The report as lines of text; labelled text of the sample stands in ⟦ ⟧."""
         cells = [[name, *values] for name, *values in self._rows()]
         widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-        sample = "".join(f"⟦{text}⟧" if labelled else text for text, labelled in self.train.sample)
+        sample = "".join(f"⟦{text}⟧" if labelled else text for text, labelled in self.train.sample).splitlines()
         return [*("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                   for row in cells),
-                "first row, labelled text in ⟦ ⟧:", *("  " + line for line in sample.splitlines()),
+                *(["first row, labelled text in ⟦ ⟧:"] if sample else []), *("  " + line for line in sample),
                 *("warning: " + warning for warning in self.warnings)]
 
     def table(self) -> "Table":
@@ -111,8 +111,8 @@ def data_report(train: Encoded, test: Encoded | None = None) -> DataReport:
     """Sum up what `encode` saw in the train split and, if given, the test split."""
     rows = prompts = 0
     if test is not None:
-        rows = sum(key in known for known in [set(train.row_keys)] for key in test.row_keys)
-        prompts = sum(key in known for known in [set(train.prompt_keys)] for key in test.prompt_keys)
+        rows = _shared(test.row_keys, train.row_keys)
+        prompts = _shared(test.prompt_keys, train.prompt_keys)
     reports = [_split(encoded) for encoded in (train, test) if encoded is not None]
     warnings = [f"{name}: {warning}" if test is not None else warning
                 for name, report in zip(("train", "test"), reports, strict=False) for warning in _warnings(report)]
@@ -120,6 +120,11 @@ def data_report(train: Encoded, test: Encoded | None = None) -> DataReport:
         warnings.append(f"{prompts} of {reports[-1].rows} test prompts are in the train split too, {rows} with the same"
                         " answer: the test shows what was memorised; take them out of one of the two.")
     return DataReport(reports[0], reports[1] if test is not None else None, rows, prompts, warnings)
+
+
+def _shared(keys: list[bytes], others: list[bytes]) -> int:
+    known = set(others)
+    return sum(key in known for key in keys)
 
 
 def _split(encoded: Encoded) -> SplitReport:

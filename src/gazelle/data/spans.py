@@ -17,7 +17,7 @@ from typing import Any
 import jinja2
 
 from gazelle.base.errors import DataError, ModelError
-from gazelle.data.conversation import Conversation
+from gazelle.data.conversation import Conversation, Turn
 
 _MARK = "\ue000mark\ue000"  # private-use characters, so that it shares neither end with a real text
 
@@ -60,9 +60,11 @@ class Renderer:
     @functools.cached_property
     def closing(self) -> str:
         """What the template writes after an answer, through the first special token; "" if there is none."""
-        probe = self._render([{"role": "user", "content": "a"}, {"role": "assistant", "content": _MARK}],
-                             Conversation((), "chat template"))
-        after = probe.partition(_MARK)[2]
+        row = Conversation((Turn("user", "a"), Turn("assistant", _MARK)), "chat template")
+        text = self._render(row.messages(), row)
+        if _MARK not in text:
+            raise _unclear("the chat template leaves out what the assistant says", row, text, "every message")
+        after = text.partition(_MARK)[2]
         special = set(self.tokenizer.all_special_tokens) | {
             token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         ends = [(after.index(token), -len(token)) for token in special if token in after]
@@ -71,44 +73,41 @@ class Renderer:
     def _span(self, messages: list[dict[str, Any]], number: int, text: str, row: Conversation) -> Span:
         prompt = self._render(messages[:number], row, generation=True) if number else ""
         whole = text if number == len(messages) - 1 else self._render(messages[: number + 1], row)
-        stable_start, stable_end = bool(prompt) and text.startswith(prompt), text.startswith(whole)
-        if stable_start and stable_end:
-            start, end = len(prompt), len(whole)
-        else:
-            start, content_end = self._bracket(messages, number, text, prompt, row)
-            start, end = (len(prompt) if stable_start else start), len(whole) if stable_end else content_end
-            if not stable_end:
-                if self.closing and not text.startswith(self.closing, end):
-                    raise _unclear("the chat template ends this answer unlike the last one", row, text[end : end + 40],
-                                   f"{self.closing!r} after every answer")
-                end += len(self.closing)
-        if not stable_end:
-            closed = bool(self.closing)
-        elif closed := bool(self.closing) and (at := text.rfind(self.closing, start, end)) >= 0:
-            end = at + len(self.closing)
-        else:  # tool calls may close with another token: keep all but the line breaks between turns
-            end = start + len(text[start:end].rstrip())
+        starts, ends = bool(prompt) and text.startswith(prompt), text.startswith(whole)
+        start, end = len(prompt), len(whole)
+        if not (starts and ends):
+            content_start, content_end = self._bracket(messages, number, text, prompt, row)
+            start = start if starts else content_start
+            end = end if ends else self._close(text, content_end, row)
+        at = text.rfind(self.closing, start, end) if self.closing else -1
+        # Tool calls may close with another token; then all is kept but the line breaks between turns.
+        end = at + len(self.closing) if at >= 0 else start + len(text[start:end].rstrip())
         written = text[start:end].removesuffix(self.closing)
         calls = [call["function"]["name"] for call in messages[number].get("tool_calls", ())]
         if not written.strip() or not all(name in written for name in calls):
             raise _unclear("the chat template leaves out this answer" + " or its tool calls" * bool(calls), row,
                            written or "nothing", "all that the assistant says")
-        return Span(start, end, prompt, closed)
+        return Span(start, end, prompt, closed=at >= 0)
 
     def _bracket(self, messages: list[dict[str, Any]], number: int, text: str, prompt: str,
                  row: Conversation) -> tuple[int, int]:
         """Start and end of one turn's content, by rendering with a mark in its place."""
         marked = {"role": "assistant", "content": _MARK}
         other = self._render([*messages[:number], marked, *messages[number + 1 :]], row)
-        start = _shared(text, other)
-        end = len(text) - _shared(text[::-1], other[::-1])
-        if start > end or _MARK not in other:
+        start, tail = _shared(text, other), _shared(text[::-1], other[::-1])
+        if other[start : len(other) - tail] != _MARK:
             raise _unclear("the chat template mixes this answer with other messages", row, text[-60:],
-                           "every message in one place")
+                           "every message once, in one place")
         # What the model writes before the content, such as the space in "[/INST] answer", is its own too.
         short = self._render([*messages[:number], marked], row)
         lead = short[len(prompt) : short.rindex(_MARK)] if prompt and short.startswith(prompt) else ""
-        return start - len(lead) * text.endswith(lead, 0, start), end
+        return start - len(lead) * text.endswith(lead, 0, start), len(text) - tail
+
+    def _close(self, text: str, content_end: int, row: Conversation) -> int:
+        if not text.startswith(self.closing, content_end):
+            raise _unclear("the chat template ends this answer unlike the last one", row,
+                           text[content_end : content_end + 40], f"{self.closing!r} after every answer")
+        return content_end + len(self.closing)
 
     def _render(self, messages: list[dict[str, Any]], row: Conversation, generation: bool = False) -> str:
         try:

@@ -30,9 +30,12 @@ def text_of(value: Any, name: str, where: str, *, optional: bool = False) -> str
     if not value.strip() and not optional:
         raise DataError(f"{name!r} is empty", where=where, found=repr(value), expected="a text",
                         fix="remove the row, or fill it in")
-    if not value.isascii() and any("\ud800" <= letter <= "\udfff" for letter in value):
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
         raise DataError(f"{name!r} holds half of a character", where=where, found=ascii(value),
-                        expected="whole Unicode characters", fix=r"remove \ud800 to \udfff where they stand alone")
+                        expected="whole Unicode characters",
+                        fix=r"remove \ud800 to \udfff where they stand alone") from error
     return value
 
 
