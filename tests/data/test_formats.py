@@ -9,11 +9,11 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
+from tests.data.conftest import load_data
 
 from gazelle.base.errors import DataError
 from gazelle.data.encode import encode
 from gazelle.data.formats import detect_format, to_conversations
-from gazelle.data.load import load_data
 from gazelle.data.read import Rows
 
 SYSTEM, ASK, ANSWER = "Be brief.", 'Zażółć "gęślą", jaźń;\nwhat is\u2028that?', "A pangram,\n\nin Polish: 7 words. 🦌"

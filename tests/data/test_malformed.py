@@ -5,9 +5,9 @@ from typing import Any
 
 import datasets
 import pytest
+from tests.data.conftest import load_data
 
 from gazelle.base.errors import DataError, OptionError, UserError
-from gazelle.data.load import load_data
 
 GOOD = '{"question": "a", "answer": "b"}\n'
 

@@ -9,6 +9,7 @@ import pyarrow.parquet
 import pytest
 
 from gazelle.base.errors import DataError
+from gazelle.data.load import load_conversations
 from gazelle.data.read import read_rows
 
 
@@ -51,6 +52,29 @@ def test_a_folder_written_by_datasets(tmp_path: Path) -> None:
     datasets.DatasetDict(test=rows).save_to_disk(tmp_path / "many")
     assert read_rows(tmp_path / "one")[0] == ({"text": "one"}, f"{tmp_path / 'one'}, row 1")
     assert len(read_rows(tmp_path / "many", split="test")) == 1
+
+
+def test_eval_is_the_test_part_or_else_the_validation_part(tmp_path: Path) -> None:
+    parts = {name: datasets.Dataset.from_list([{"text": name}]) for name in ("train", "validation", "test")}
+    source = datasets.DatasetDict(parts)
+    for name in ("dev", "test"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"text": name}))
+    assert read_rows(source, split="eval")[0][0] == {"text": "test"}
+    assert read_rows(tmp_path, split="eval")[0][0] == {"text": "test"}
+    source.pop("test")
+    (tmp_path / "test.jsonl").unlink()
+    assert read_rows(source, split="eval")[0][0] == {"text": "validation"}
+    assert read_rows(tmp_path, split="eval")[0][0] == {"text": "dev"}
+    source.pop("validation")
+    with pytest.raises(DataError, match="no split"):
+        read_rows(source, split="eval")
+
+
+def test_a_text_column_that_is_named_wins(tmp_path: Path) -> None:
+    rows = [{"instruction": "a", "output": "b", "text": "c"}]
+    assert load_conversations(rows).format == "alpaca"
+    assert load_conversations(rows, text_column="text").conversations[0].text == "c"
+    assert load_conversations(rows, text_column="absent").format == "alpaca"
 
 
 def test_streams_and_unreachable_names_are_refused() -> None:

@@ -4,9 +4,9 @@ import json
 from typing import Any
 
 from rich.console import Console
+from tests.data.conftest import load_data
 
 from gazelle.data.encode import Encoded, Example, Mismatch
-from gazelle.data.load import load_data
 from gazelle.data.report import data_report
 
 

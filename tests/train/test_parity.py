@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.train.conftest import ROWS
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
-from gazelle import SFTConfig, SFTTrainer
-from tests.train.conftest import ROWS
+from gazelle import FastLanguageModel, SFTConfig, SFTTrainer
 
 
 class Gradients(TrainerCallback):
@@ -85,21 +85,20 @@ def test_five_steps_match_a_plain_loop(
 def test_the_real_model_matches_a_plain_loop(
     demo_model: Callable[[], Any], demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    from gazelle import FastLanguageModel
-
     model = FastLanguageModel.get_peft_model(demo_model(), r=4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.01)
-    losses, (gradients,) = trained(model, demo_tokenizer, tmp_path, ROWS[:3], per_device_train_batch_size=3)
-
-    model.zero_grad()
     loss = model(**reference_batch(demo_tokenizer, ROWS[:3])).loss
     loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in model.named_parameters()
+                if parameter.grad is not None}
+    model.zero_grad()
+
+    losses, (gradients,) = trained(model, demo_tokenizer, tmp_path, ROWS[:3], per_device_train_batch_size=3)
     assert losses[0] == pytest.approx(loss.item(), rel=1e-5)
-    assert_equal_gradients(gradients, {name: parameter.grad for name, parameter in model.named_parameters()
-                                       if parameter.grad is not None}, 1e-5)
+    assert_equal_gradients(gradients, expected, 1e-5)
 
 
 @pytest.mark.parametrize("strategy", ["bfd", "wrapped"])

@@ -9,14 +9,14 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from tests.train.conftest import ROWS
 from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments
 
 from gazelle import SFTConfig, SFTTrainer
 from gazelle.base.errors import DataError, OptionError, OutputError
-from tests.train.conftest import ROWS
 
-QUIET: dict[str, Any] = {"max_steps": 2, "report": False, "disable_tqdm": True, "save_strategy": "no", "logging_steps": 1,
-                         "max_length": 128, "per_device_train_batch_size": 2}
+QUIET: dict[str, Any] = {"max_steps": 2, "report": False, "disable_tqdm": True, "save_strategy": "no",
+                         "logging_steps": 1, "max_length": 128, "per_device_train_batch_size": 2}
 Make = Callable[..., Any]
 
 

@@ -28,7 +28,7 @@ def demo(
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML recipe; see `gazelle recipes`.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, put over the recipe.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Load and check the data, print its report, stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the data, print its report and stop.")] = False,
     print_recipe: Annotated[
         bool, typer.Option("--print-recipe", help="Print the whole recipe, defaults included, and stop.")
     ] = False,

@@ -38,8 +38,7 @@ def run_demo(output: Path, seed: int) -> None:
     model, tokenizer = FastLanguageModel.from_pretrained(recipe.model.name, **recipe.model.model_dump(exclude={"name"}))
     console.print(f"asking {len(questions)} questions before training …")
     before = grade(model, tokenizer, questions)
-    assert recipe.lora is not None
-    model = FastLanguageModel.get_peft_model(model, **recipe.lora.model_dump())
+    model = FastLanguageModel.get_peft_model(model, **recipe.lora_options())
     trainer = SFTTrainer(model=model, args=recipe.sft_config(), train_dataset=recipe.data.train,
                          eval_dataset=recipe.data.eval, processing_class=tokenizer)
     started = time.perf_counter()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import typer
 
-from gazelle.facade.run import check_recipe, dry_run as look, run
+from gazelle.facade.run import check_recipe, run
+from gazelle.facade.run import dry_run as look
 from gazelle.train.recipe import load_recipe
 
 
@@ -19,8 +20,7 @@ def train_command(
         return
     check_recipe(recipe, resume=resume, overwrite=overwrite)
     if dry_run:
-        for line in look(recipe).lines():
-            typer.echo(line)
+        typer.echo("\n".join(look(recipe).lines()))
         return
     run(recipe, resume=resume)
     folder = recipe.output_dir

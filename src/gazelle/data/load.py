@@ -1,30 +1,42 @@
-"""From any source to examples, in one call."""
+"""From any source to conversations, in one call."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from gazelle.data.encode import Encoded, encode
+from gazelle.data.conversation import Conversation
 from gazelle.data.formats import detect_format, to_conversations
 from gazelle.data.formatting import FormattingFunc
 from gazelle.data.read import read_rows
 
 
-def load_data(
-    source: Any, tokenizer: Any, *, max_length: int, format: str = "auto",  # noqa: A002
-    columns: Mapping[str, str] | None = None, split: str = "train", system: str | None = None,
-    train_on: str = "responses", formatting_func: FormattingFunc | None = None, text_column: str = "text",
-    token: str | None = None,
-) -> Encoded:
-    """Read `source`, tell its format, and encode it: `read_rows`, `to_conversations` and `encode` in a row.
+@dataclass(frozen=True)
+class Loaded:
+    """Conversations, the source they were read from, and the format they had."""
 
-    Their pages explain the arguments and the errors.
+    conversations: list[Conversation]
+    source: str
+    format: str
+
+
+def load_conversations(
+    source: Any, *, format: str = "auto", columns: Mapping[str, str] | None = None, split: str = "train",  # noqa: A002
+    system: str | None = None, formatting_func: FormattingFunc | None = None, text_column: str | None = None,
+    token: str | None = None,
+) -> Loaded:
+    """Read `source` and bring its rows to conversations: `read_rows` and `to_conversations` in a row.
+
+    Their pages explain the arguments and the errors. A `text_column` that is named and there makes the format "text":
+    scripts render such a column beside the columns it was made from.
     """
     rows = read_rows(source, split=split, token=token)
+    name = format
     if formatting_func is not None:
-        format = "formatting_func"  # noqa: A001
+        name = "formatting_func"
     elif format == "auto":
-        chosen = {"text": text_column} if text_column != "text" else {}
-        format = detect_format(rows, {**(columns or {}), **chosen})  # noqa: A001
-    conversations = to_conversations(rows, format=format, columns=columns, system=system,
-                                     formatting_func=formatting_func, text_column=text_column)
-    return encode(conversations, tokenizer, max_length=max_length, train_on=train_on, source=rows.source, format=format)
+        named = text_column is not None and text_column in rows[0][0]
+        name = "text" if named else detect_format(rows, columns)
+    text = text_column if name == "text" and text_column else "text"
+    conversations = to_conversations(rows, format=name, columns=columns, system=system,
+                                     formatting_func=formatting_func, text_column=text)
+    return Loaded(conversations, rows.source, name)

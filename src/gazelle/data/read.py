@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
@@ -63,7 +63,8 @@ def read_rows(source: Any, *, split: str = "train", token: str | None = None) ->
             list of dicts; a `datasets.Dataset` or `DatasetDict`; a hub name "owner/name" or "owner/name:config"; or
             rows already read.
         split: the part to read of a source that has parts: a `DatasetDict`, a hub name, or a folder with files named
-            after them (train.jsonl, test-0001.parquet). Any other source is read whole, a folder in order of its names.
+            after them (train.jsonl, test-0001.parquet). "eval" is the test part if there is one, else the validation
+            part. Any other source is read whole, a folder in order of its names.
         token: access token for private and gated data sets of the hub.
 
     Raises:
@@ -116,6 +117,11 @@ def _split_of(path: Path) -> str | None:
     return SPLITS.get(re.split(r"[-_.]", path.name.lower())[0])
 
 
+def _present(split: str, present: Iterable[str]) -> str:
+    """What "eval" means among these splits; any other name stands for itself."""
+    return split if split != "eval" or split in present else "test" if "test" in present else "validation"
+
+
 def _no_split(split: str, present: set[str], where: str) -> DataError:
     return DataError(f"there is no split {split!r}", where=where, found=split, expected=", ".join(sorted(present)),
                      fix="name one of these as split=")
@@ -134,7 +140,7 @@ def _read_folder(folder: Path, split: str) -> Rows:
                         expected="files ending in " + ", ".join(PARSERS),
                         fix="name the folder that holds the files itself")
     if present := {found for path in files if (found := _split_of(path))}:
-        wanted = SPLITS.get(split, split)
+        wanted = _present(split, present) if split == "eval" else SPLITS.get(split, split)
         if wanted not in present:
             raise _no_split(split, present, str(folder))
         files = [path for path in files if _split_of(path) == wanted]
@@ -145,6 +151,7 @@ def _read_dataset(source: Any, split: str, name: str = "") -> Rows:
     import datasets
 
     if isinstance(source, datasets.DatasetDict):
+        split = _present(split, set(source))
         if split not in source:
             raise _no_split(split, set(source), name or "DatasetDict")
         source = source[split]
@@ -166,6 +173,8 @@ def _read_hub(name: str, split: str, token: str | None) -> Rows:
 
     repository, _, config = name.partition(":")
     try:
+        if split == "eval":
+            split = _present(split, datasets.get_dataset_split_names(repository, config or None, token=token))
         found = datasets.load_dataset(repository, config or None, split=split, token=token)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise DataError("the data set could not be loaded from the Hugging Face hub", where=name, found=str(error),

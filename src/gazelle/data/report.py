@@ -65,7 +65,7 @@ class DataReport:
         """The report as plain dicts, lists, numbers and strings."""
         return asdict(self)
 
-    def lines(self) -> list[str]:
+    def lines(self, *, warnings: bool = True) -> list[str]:
         """The report as lines of text; labelled text of the sample stands in ⟦ ⟧."""
         cells = [[name, *values] for name, *values in self._rows()]
         widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
@@ -73,7 +73,7 @@ class DataReport:
         return [*("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                   for row in cells),
                 *(["first row, labelled text in ⟦ ⟧:"] if sample else []), *("  " + line for line in sample),
-                *("warning: " + warning for warning in self.warnings)]
+                *("warning: " + warning for warning in self.warnings if warnings)]
 
     def table(self) -> "Table":
         """The figures as a table for the terminal."""

@@ -1,17 +1,18 @@
 """`FastLanguageModel`: the calls people type, bound to a model object."""
 
 import types
-from typing import Any
-
-import torch
-from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing import TYPE_CHECKING, Any
 
 from gazelle.adapters.lora import add_lora
 from gazelle.adapters.tokens import resize_token_embeddings
 from gazelle.base.log import log_to_terminal
 from gazelle.models.load import load_model
 from gazelle.models.save import save_merged
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class FastLanguageModel:
@@ -21,7 +22,7 @@ class FastLanguageModel:
     def from_pretrained(
         model_name: str,
         max_seq_length: int = 2048,
-        dtype: torch.dtype | str | None = None,
+        dtype: "torch.dtype | str | None" = None,
         load_in_4bit: bool | None = None,
         load_in_8bit: bool = False,
         full_finetuning: bool = False,
@@ -30,9 +31,9 @@ class FastLanguageModel:
         device_map: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
-        torch_dtype: torch.dtype | str | None = None,
+        torch_dtype: "torch.dtype | str | None" = None,
         **options: Any,
-    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
         """Load a model and its tokenizer.
 
         Args:
@@ -67,7 +68,7 @@ class FastLanguageModel:
 
     @staticmethod
     def get_peft_model(
-        model: PreTrainedModel,
+        model: "PreTrainedModel",
         r: int = 16,
         target_modules: list[str] | str | None = None,
         lora_alpha: float = 16,
@@ -81,7 +82,7 @@ class FastLanguageModel:
         modules_to_save: list[str] | None = None,
         use_dora: bool = False,
         **options: Any,
-    ) -> PeftModel:
+    ) -> "PeftModel":
         """Put a LoRA adapter on a model.
 
         Args:
@@ -112,14 +113,14 @@ class FastLanguageModel:
         ))
 
     @staticmethod
-    def for_inference(model: PreTrainedModel) -> PreTrainedModel:
+    def for_inference(model: "PreTrainedModel") -> "PreTrainedModel":
         """Switch to answering: evaluation mode, cache on, no checkpointing. Returns the same model."""
         model.gradient_checkpointing_disable()
         model.config.use_cache = True
         return model.eval()
 
     @staticmethod
-    def for_training(model: PreTrainedModel) -> PreTrainedModel:
+    def for_training(model: "PreTrainedModel") -> "PreTrainedModel":
         """Switch back to training mode. Returns the same model."""
         model.config.use_cache = False
         return model.train()
@@ -133,9 +134,9 @@ def bind(model: Any) -> Any:
 
 
 def _save_pretrained_merged(
-    self: PreTrainedModel,
+    self: "PreTrainedModel",
     save_directory: str,
-    tokenizer: PreTrainedTokenizerBase | None = None,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
     save_method: str = "merged_16bit",
     max_shard_size: str = "5GB",
     **options: Any,
@@ -152,6 +153,6 @@ def _save_pretrained_merged(
     save_merged(self, tokenizer, save_directory, save_method=save_method, max_shard_size=max_shard_size, **options)
 
 
-def _resize_token_embeddings(self: PreTrainedModel, new_num_tokens: int | None = None, **options: Any) -> Any:
+def _resize_token_embeddings(self: "PreTrainedModel", new_num_tokens: int) -> Any:
     """As in transformers; the added rows are then trained with the adapter and saved with it."""
-    return resize_token_embeddings(self, new_num_tokens, **options)
+    return resize_token_embeddings(self, new_num_tokens)

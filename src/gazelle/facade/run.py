@@ -1,11 +1,12 @@
 """Runs a recipe: the calls a script would make, in the order that finds mistakes before long work starts."""
 
 from pathlib import Path
+from typing import cast
 
 from gazelle.base.device import check_device, default_device
 from gazelle.base.errors import OptionError, OutputError
 from gazelle.base.files import check_writable, write_text
-from gazelle.data.formats import to_conversations
+from gazelle.data.load import load_conversations
 from gazelle.data.read import Rows, read_rows
 from gazelle.data.report import DataReport
 from gazelle.facade.language_model import FastLanguageModel
@@ -37,10 +38,9 @@ def check_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
         check_device(recipe.model.device_map)
     recipe.sft_config()
     data = recipe.data
-    for source, split in ((data.train, "train"), (data.eval, "test")):
+    for source, split in ((data.train, "train"), (data.eval, "eval")):
         if source is not None:
-            to_conversations(read_rows(source, split=split), format=data.format, columns=data.columns,
-                             system=data.system)
+            load_conversations(source, format=data.format, columns=data.columns, split=split, system=data.system)
 
 
 def dry_run(recipe: Recipe) -> DataReport:
@@ -50,7 +50,8 @@ def dry_run(recipe: Recipe) -> DataReport:
     train, evaluation = split_rows(recipe)
     settings = recipe.sft_config()
     settings.max_length = settings.max_length or recipe.model.max_seq_length
-    return encode_rows(tokenizer, config.model_type, settings, train, evaluation).report
+    report = encode_rows(tokenizer, config.model_type, settings, train, evaluation).report
+    return cast(DataReport, report)  # there is one, as there are training rows
 
 
 def run(recipe: Recipe, *, resume: bool = False) -> SFTTrainer:
@@ -81,7 +82,7 @@ def split_rows(recipe: Recipe) -> tuple[Rows, Rows | None]:
     data = recipe.data
     train = read_rows(data.train, split="train")
     if data.eval is not None:
-        return train, read_rows(data.eval, split="test")
+        return train, read_rows(data.eval, split="eval")
     if not data.eval_fraction:
         return train, None
     return train.split(data.eval_fraction, seed=recipe.sft_config().seed)

@@ -28,8 +28,10 @@ class Checkpoint:
 
 def find_checkpoint(model_name: str, *, revision: str | None = None, token: str | None = None,
                     trust_remote_code: bool = False, cache_dir: str | None = None,
-                    local_files_only: bool = False) -> Checkpoint:
+                    local_files_only: bool = False, weights: bool = True) -> Checkpoint:
     """The local folder for a folder, GGUF file or hub name, checked for missing, truncated and pickled weights.
+
+    Without `weights`, a hub model's weights are neither downloaded nor looked at.
 
     Raises:
         ModelError: nothing is there, or what is there cannot be loaded.
@@ -47,15 +49,18 @@ def find_checkpoint(model_name: str, *, revision: str | None = None, token: str 
                          found="a file of another kind" if path.exists() else "nothing",
                          expected="a model folder, a .gguf file, or a hub name such as org/name",
                          fix="check the spelling and the folder you are in")
-    patterns = [*_WANTED, "*.py"] if trust_remote_code else _WANTED
-    return _checked(model_name, _download(model_name, revision, token, patterns, cache_dir, local_files_only))
+    patterns = [pattern for pattern in _WANTED if weights or pattern != "*.safetensors"]
+    if trust_remote_code:
+        patterns.append("*.py")
+    folder = _download(model_name, revision, token, patterns, cache_dir, local_files_only)
+    return _checked(model_name, folder) if weights else Checkpoint(model_name, folder)
 
 
 def _download(name: str, revision: str | None, token: str | None, patterns: list[str], cache_dir: str | None,
               local_files_only: bool) -> Path:
     from huggingface_hub import errors, snapshot_download
 
-    problems = {
+    problems: dict[type[Exception], tuple[str, str]] = {
         errors.GatedRepoError: ("this model asks for its licence to be accepted first",
                                 f"accept it at https://huggingface.co/{name}, then `hf auth login` or token=..."),
         errors.RevisionNotFoundError: ("the model has no such revision", "check revision="),
@@ -74,7 +79,7 @@ def _download(name: str, revision: str | None, token: str | None, patterns: list
                                       ignore_patterns=_NOT_WANTED, cache_dir=cache_dir,
                                       local_files_only=local_files_only))
     except tuple(problems) as error:
-        what, fix = next(text for kind, text in problems.items() if isinstance(error, kind))
+        what, fix = next(problems[kind] for kind in problems if isinstance(error, kind))
         raise ModelError(what, where=name, found=str(error),
                          expected="a model folder, a .gguf file, or a hub name such as org/name", fix=fix) from error
 
@@ -162,7 +167,7 @@ def check_finite(tensors: "Iterable[tuple[str, torch.Tensor]]", where: str) -> N
             if bad:
                 raise ModelError("the weights hold values that are not numbers", where=f"{where}, {name}",
                                  found=f"{bad:,} of {tensor.numel():,} values are NaN or infinite",
-                                 expected="finite values", fix="this checkpoint diverged in training; use an earlier one")
+                                 expected="finite values", fix="use an earlier checkpoint: this one diverged")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -5,9 +5,7 @@ storing them narrower would train a model that is not the one in the file.
 """
 
 import hashlib
-import json
 import shutil
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +16,7 @@ from gazelle.base.log import logger
 from gazelle.models.gguf_families import FAMILIES, Family, base_config, unpermute
 from gazelle.models.gguf_file import GgufFile, read_gguf
 from gazelle.models.gguf_tokenizer import end_of_turn_ids, gguf_tokenizer
+from gazelle.models.shards import ShardWriter
 
 if TYPE_CHECKING:
     import torch
@@ -65,8 +64,9 @@ def _check_space(file: GgufFile, folder: Path) -> None:
     needed = 4 * sum(prod(entry.shape) for entry in file.tensors.values())
     free = shutil.disk_usage(nearest).free
     if needed > free:
-        raise OutputError("not enough disk space to unpack the GGUF file", where=str(folder), found=f"{free:,} bytes",
-                          expected=f"{needed:,} bytes", fix="make room, or set GAZELLE_CACHE to a folder on another disk")
+        raise OutputError("not enough disk space to unpack the GGUF file", where=str(folder),
+                          found=f"{free:,} bytes free", expected=f"{needed:,} bytes",
+                          fix="make room, or set GAZELLE_CACHE to a folder on another disk")
 
 
 def _write(file: GgufFile, family: Family, folder: Path) -> None:
@@ -76,7 +76,7 @@ def _write(file: GgufFile, family: Family, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
     config = _config(file, family)
     config.update({f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")})
-    _write_shards(file, family, config, folder)
+    _write_weights(file, family, config, folder)
     stops = end_of_turn_ids(file)
     generation = GenerationConfig(bos_token_id=config.bos_token_id, pad_token_id=config.pad_token_id,
                                   eos_token_id=stops if len(stops) > 1 else config.eos_token_id)
@@ -86,29 +86,28 @@ def _write(file: GgufFile, family: Family, folder: Path) -> None:
 
 def _config(file: GgufFile, family: Family) -> "PretrainedConfig":
     import torch
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    config = AutoConfig.for_model(family.model_type, **(base_config(file) | family.extras(file)))
+    try:
+        config = AutoConfig.for_model(family.model_type, **(base_config(file) | family.extras(file)))
+    except (StrictDataclassError, ValueError, TypeError, KeyError, ArithmeticError) as error:
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError("the settings in the GGUF file make no model", where=str(file.path), found=str(error),
+                         expected=f"settings of {family.model_type}", fix="download or export the file again"
+                         ) from error
     config.dtype = torch.float32
     config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family.model_type]]
     return config
 
 
-def _write_shards(file: GgufFile, family: Family, config: "PretrainedConfig", folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    shards = list(_shards(file, _names(file, config)))
-    index: dict[str, str] = {}
-    for number, names in enumerate(shards, 1):
-        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {hf: _weight(file, gguf_name, family, config) for gguf_name, hf in names.items()}
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(tensors, name)
-    if len(shards) > 1:
-        total = 4 * sum(prod(entry.shape) for entry in file.tensors.values())
-        text = json.dumps({"metadata": {"total_size": total}, "weight_map": index}, indent=2)
-        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+def _write_weights(file: GgufFile, family: Family, config: "PretrainedConfig", folder: Path) -> None:
+    writer = ShardWriter(folder, _SHARD_BYTES)
+    for gguf_name, name in _names(file, config).items():
+        writer.add(name, _weight(file, gguf_name, family, config))
+    writer.close()
 
 
 def _names(file: GgufFile, config: "PretrainedConfig") -> dict[str, str]:
@@ -137,19 +136,6 @@ def _names(file: GgufFile, config: "PretrainedConfig") -> dict[str, str]:
             raise ModelError("a tensor has the wrong shape", where=f"{file.path}, {name}",
                              found=file.tensors[name].shape, expected=str(shapes[hf]), fix="export the file again")
     return names
-
-
-def _shards(file: GgufFile, names: dict[str, str]) -> Iterator[dict[str, str]]:
-    shard: dict[str, str] = {}
-    size = 0
-    for gguf_name, hf in names.items():
-        tensor = 4 * prod(file.tensors[gguf_name].shape)
-        if shard and size + tensor > _SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[gguf_name] = hf
-        size += tensor
-    yield shard
 
 
 def _weight(file: GgufFile, name: str, family: Family, config: Any) -> "torch.Tensor":

@@ -43,6 +43,11 @@ def base_config(file: GgufFile) -> Config:
                              found=f"no {file.architecture}.{key}", expected="a number", fix="export the file again")
         return value
 
+    blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
+    if get("block_count") != len(blocks):  # also keeps a damaged count from building a million layers
+        raise ModelError("the GGUF file does not have the layers it claims", where=str(file.path),
+                         found=f"tensors of {len(blocks)} layers", expected=f"block_count, {get('block_count')}",
+                         fix="download or export the file again")
     heads = get("attention.head_count")
     hidden = get("embedding_length")
     config = {

@@ -43,6 +43,14 @@ class GgufFile:
         """llama.cpp's name for the model family, such as "llama" or "qwen2"."""
         return str(self.metadata.get("general.architecture", ""))
 
+    def get(self, key: str, kind: type, default: Any = None) -> Any:
+        """The metadata value `key`, or `default` if the file has none. Whole numbers pass for float."""
+        value = self.metadata.get(key, default)
+        if value is default or type(value) is kind or (kind is float and type(value) is int):
+            return value
+        raise ModelError("a setting of the wrong kind", where=f"{self.path}, {key}", found=repr(value),
+                         expected=f"a value of type {kind.__name__}", fix="download or export the file again")
+
     def read(self, name: str) -> "np.ndarray[Any, np.dtype[np.float32]]":
         """The named tensor as float32 of its own shape, dequantised if need be."""
         import gguf
@@ -123,7 +131,9 @@ class _Reader:
         return start
 
     def scalar(self, code: str) -> Any:
-        return struct.unpack_from("<" + code, self.data, self.take(struct.calcsize("<" + code)))[0]
+        value = struct.unpack_from("<" + code, self.data, self.take(struct.calcsize("<" + code)))[0]
+        # 1e-5 kept in 32 bits is meant as 1e-5, and not as the float64 that lies nearest.
+        return float(str(np.float32(value))) if code == "f" else value
 
     def count(self, value: int, least_bytes: int, what: str) -> int:
         """`value`, checked: that many items of `least_bytes` must fit into what is left of the file."""

@@ -40,14 +40,14 @@ def gguf_tokenizer(file: GgufFile) -> "PreTrainedTokenizerFast":
     from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerFast
 
-    tokens: list[str] = file.metadata.get("tokenizer.ggml.tokens", [])
-    kind = file.metadata.get("tokenizer.ggml.model")
+    tokens: list[str] = file.get("tokenizer.ggml.tokens", list, [])
+    kind = file.get("tokenizer.ggml.model", str)
     if kind not in ("gpt2", "llama") or not tokens:
         raise ModelError("no usable tokenizer in the GGUF file", where=f"{file.path}, tokenizer.ggml.model",
                          found=kind, expected='"gpt2" (byte-level BPE) or "llama" (SentencePiece BPE)',
                          fix="use the model's safetensors checkpoint")
     backend = _byte_level(file, tokens) if kind == "gpt2" else _sentencepiece(file, tokens)
-    types = file.metadata.get("tokenizer.ggml.token_type", [])
+    types = file.get("tokenizer.ggml.token_type", list, [])
     added = [AddedToken(token, normalized=False, special=type_ == _CONTROL)
              for token, type_ in zip(tokens, types, strict=False) if type_ in (_CONTROL, _USER_DEFINED)]
     backend.add_tokens(added)
@@ -60,21 +60,21 @@ def gguf_tokenizer(file: GgufFile) -> "PreTrainedTokenizerFast":
         _prepend(backend, special["bos_token"], tokens.index(special["bos_token"]))
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False,
-        model_max_length=file.metadata.get(f"{file.architecture}.context_length", int(1e30)),
+        model_max_length=file.get(f"{file.architecture}.context_length", int, int(1e30)),
         **{name: token for name, token in special.items() if token is not None})
-    tokenizer.chat_template = file.metadata.get("tokenizer.chat_template")
+    tokenizer.chat_template = file.get("tokenizer.chat_template", str)
     return tokenizer
 
 
 def end_of_turn_ids(file: GgufFile) -> list[int]:
     """All ids at which generation stops, the main EOS first."""
     fields = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
-    return list(dict.fromkeys(file.metadata[field] for field in fields if field in file.metadata))
+    return list(dict.fromkeys(file.get(field, int) for field in fields if field in file.metadata))
 
 
 def _token(file: GgufFile, tokens: list[str], field: str) -> str | None:
     key = f"tokenizer.ggml.{field}_token_id"
-    index = file.metadata.get(key)
+    index = file.get(key, int)
     if index is None:
         return None
     if not 0 <= index < len(tokens):
@@ -84,8 +84,8 @@ def _token(file: GgufFile, tokens: list[str], field: str) -> str | None:
 
 
 def _adds_bos(file: GgufFile, kind: str) -> bool:
-    default = kind == "llama" or file.metadata.get("tokenizer.ggml.pre") in _IGNORE_MERGES
-    return bool(file.metadata.get("tokenizer.ggml.add_bos_token", default))
+    default = kind == "llama" or file.get("tokenizer.ggml.pre", str) in _IGNORE_MERGES
+    return file.get("tokenizer.ggml.add_bos_token", bool, default)
 
 
 def _prepend(backend: "Tokenizer", bos: str, index: int) -> None:
@@ -100,15 +100,20 @@ def _prepend(backend: "Tokenizer", bos: str, index: int) -> None:
 def _byte_level(file: GgufFile, tokens: list[str]) -> "Tokenizer":
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-    pre = file.metadata.get("tokenizer.ggml.pre", "gpt-2")
+    pre = file.get("tokenizer.ggml.pre", str, "gpt-2")
     if pre not in _SPLITS:
         raise ModelError("the GGUF file splits text by a rule not known here", where=f"{file.path}, tokenizer.ggml.pre",
                          found=pre, expected="one of " + ", ".join(sorted(_SPLITS)),
                          fix="use the model's safetensors checkpoint")
     rule, single_digits = _SPLITS[pre]
-    merges = [tuple(merge.split(" ", 1)) for merge in file.metadata.get("tokenizer.ggml.merges", [])]
-    backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges,
-                                   ignore_merges=pre in _IGNORE_MERGES))
+    vocabulary = {token: i for i, token in enumerate(tokens)}
+    merges = [merge.partition(" ")[::2] for merge in file.get("tokenizer.ggml.merges", list, [])]
+    for left, right in merges:
+        if not {left, right, left + right} <= vocabulary.keys():
+            raise ModelError("a merge rule uses tokens that are not there", found=f"{left} {right}",
+                             where=f"{file.path}, tokenizer.ggml.merges", expected="tokens of the vocabulary",
+                             fix="download or export the file again")
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=pre in _IGNORE_MERGES))
     steps: list[Any] = []
     if rule is not None:
         steps.append(pre_tokenizers.Split(Regex(rule), behavior="isolated"))
@@ -126,8 +131,8 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> "Tokenizer":
 def _sentencepiece(file: GgufFile, tokens: list[str]) -> "Tokenizer":
     from tokenizers import Tokenizer, decoders, models, normalizers
 
-    prefix = bool(file.metadata.get("tokenizer.ggml.add_space_prefix", True))
-    scores = file.metadata.get("tokenizer.ggml.scores", [0.0] * len(tokens))
+    prefix = file.get("tokenizer.ggml.add_space_prefix", bool, True)
+    scores = file.get("tokenizer.ggml.scores", list, [0.0] * len(tokens))
     unknown = _token(file, tokens, "unknown")
     backend = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=_merges(tokens, scores),
                                    unk_token=unknown, fuse_unk=True, byte_fallback=True))

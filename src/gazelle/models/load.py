@@ -1,16 +1,19 @@
 """Loads a model and its tokenizer from a folder, a hub name, a GGUF file or an adapter, checked and ready to train."""
 
 import contextlib
+import inspect
 import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from gazelle.adapters.load import put_adapter
 from gazelle.base.device import check_device, default_device, default_dtype
 from gazelle.base.errors import ModelError, OptionError, nearest
 from gazelle.base.log import logger
 from gazelle.models.checkpoint import Checkpoint, check_finite, find_checkpoint, weight_files
 from gazelle.models.context import fit_context
 from gazelle.models.special_tokens import align_special_tokens
+from gazelle.quantize.bnb import hush_int8_casts, quiet_import
 
 if TYPE_CHECKING:
     import torch
@@ -53,7 +56,7 @@ def load_model(model_name: str, *, max_seq_length: int | None = None, dtype: "st
     """
     dtype = _only_one(dtype, kwargs.pop("torch_dtype", None))
     if unknown := [name for name in kwargs if name not in _PASSED_ON]:
-        known = [*load_model.__kwdefaults__, *_PASSED_ON]
+        known = [*inspect.signature(load_model).parameters, *_PASSED_ON]
         raise OptionError("unknown option for loading a model", where="load_model", found=unknown[0],
                           expected="an option it has", fix=nearest(unknown[0], known))
     bits = _bits(load_in_4bit, load_in_8bit, full_finetuning, quant_method)
@@ -79,13 +82,23 @@ def load_model(model_name: str, *, max_seq_length: int | None = None, dtype: "st
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # tokens were added before the adapter
     align_special_tokens(model, tokenizer)
     tokenizer.model_max_length = length
-    model.max_seq_length = length
+    model.max_seq_length, model.tokens_in_use = length, len(tokenizer)
     if checkpoint.adapter is not None:
-        from gazelle.adapters.load import put_adapter
-
         model = put_adapter(model, checkpoint.folder, is_trainable=is_trainable)
-        model.max_seq_length = length
-    return model.eval() if not is_trainable else model, tokenizer
+    return model, tokenizer
+
+
+def load_tokenizer(model_name: str, *, token: str | None = None, revision: str | None = None,
+                   trust_remote_code: bool = False) -> "tuple[PreTrainedTokenizerBase, PretrainedConfig]":
+    """The tokenizer and the config of a model, as `load_model` takes them, without its weights.
+
+    Raises:
+        ModelError: the checkpoint is missing or damaged.
+    """
+    hub: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code, "weights": False}
+    checkpoint = find_checkpoint(model_name, revision=revision, **hub)
+    base = checkpoint if checkpoint.adapter is None else _base_of(checkpoint, hub)
+    return _tokenizer(checkpoint, base, trust_remote_code), _config(base, trust_remote_code)
 
 
 def _only_one(dtype: Any, torch_dtype: Any) -> Any:
@@ -161,11 +174,12 @@ def _base_of(checkpoint: Checkpoint, hub: dict[str, Any]) -> Checkpoint:
 
 
 def _config(base: Checkpoint, trust_remote_code: bool) -> "PretrainedConfig":
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     try:
         return AutoConfig.from_pretrained(base.folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (StrictDataclassError, ValueError, KeyError, TypeError, ArithmeticError, OSError) as error:
         raise ModelError("config.json cannot be used", where=base.name, found=str(error),
                          expected="a model type that transformers knows",
                          fix="update transformers, or pass trust_remote_code=True if you trust the repository's code"
@@ -189,6 +203,7 @@ def _quantization(config: "PretrainedConfig", bits: int, method: str, dtype: Any
     from transformers import BitsAndBytesConfig
 
     if bits == 8:
+        hush_int8_casts()
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else dtype
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=method, bnb_4bit_use_double_quant=True,
@@ -213,7 +228,7 @@ def _weights(base: Checkpoint, config: "PretrainedConfig", dtype: Any, place: An
     if quantization is not None:
         options = options | {"quantization_config": quantization}
     try:
-        with quiet():
+        with quiet(), quiet_import():
             model, report = AutoModelForCausalLM.from_pretrained(
                 base.folder, config=config, dtype=dtype, device_map=place, use_safetensors=True,
                 trust_remote_code=trust_remote_code, output_loading_info=True, **options)

@@ -1,4 +1,4 @@
-"""`SFTConfig`: transformers' TrainingArguments plus what supervised fine-tuning adds, with the older names still taken."""
+"""`SFTConfig`: transformers' TrainingArguments and what fine-tuning adds, with the older names still taken."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -36,6 +36,11 @@ DROPPED = {
 }
 
 
+# Paging moves optimizer state between a GPU and its host; on a CPU there is nothing to page.
+UNPAGED = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch", "paged_lion_8bit": "lion_8bit",
+           "paged_lion_32bit": "lion_32bit"}
+
+
 @dataclass
 class _SFTArguments(TrainingArguments):
     """The fields; `SFTConfig` adds the older spellings and the checks."""
@@ -43,9 +48,9 @@ class _SFTArguments(TrainingArguments):
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder for adapter, checkpoints and report."})
     learning_rate: float = field(default=2e-4, metadata={"help": "Peak learning rate."})
     logging_steps: float = field(default=10, metadata={"help": "Optimizer steps between two log lines."})
-    report_to: None | str | list[str] = field(default="none", metadata={"help": "tensorboard, wandb, ... or none."})
+    report_to: str | list[str] | None = field(default="none", metadata={"help": "tensorboard, wandb, ... or none."})
     max_length: int | None = field(
-        default=None, metadata={"help": "Longest row in tokens; longer ones are cut. Default: the model's max_seq_length."}
+        default=None, metadata={"help": "Longest row in tokens; longer ones are cut. Default: the model's."}
     )
     packing: bool = field(
         default=False, metadata={"help": "Fill each batch entry with as many rows as fit in max_length."}
@@ -56,7 +61,9 @@ class _SFTArguments(TrainingArguments):
     train_on: Literal["responses", "all"] = field(
         default="responses", metadata={"help": "Which tokens are learnt: what the assistant says, or every token."}
     )
-    dataset_text_field: str = field(default="text", metadata={"help": "Column that holds raw text."})
+    dataset_text_field: str | None = field(
+        default=None, metadata={"help": "Column of raw text to train on, where there are other columns too."}
+    )
     dataset_num_proc: int | None = field(
         default=None, metadata={"help": "Taken for compatibility: the tokenizer's own threads are faster."}
     )
@@ -91,19 +98,23 @@ class SFTConfig(_SFTArguments):
     def __post_init__(self) -> None:
         check_values(self)
         if default_device() == "cpu":
-            self._without_gpu()
+            fit_to_cpu(self)
         try:
             super().__post_init__()
         except ValueError as error:
             raise OptionError(str(error).splitlines()[0], where="SFTConfig",
                               fix="change the option named in the message") from error
 
-    def _without_gpu(self) -> None:
-        """On a CPU, 16-bit training and pinned memory have no meaning; scripts written for a GPU ask for both."""
-        if self.fp16 or self.bf16:
-            say_once(f"{'fp16' if self.fp16 else 'bf16'}=True needs a GPU; training in float32")
-            self.fp16 = self.bf16 = False
-        self.dataloader_pin_memory = False
+
+def fit_to_cpu(config: Any) -> None:
+    """Turn off what needs a GPU, each with one line in the log: scripts written for a GPU ask for it as a habit."""
+    if config.fp16 or config.bf16:
+        say_once(f"{'fp16' if config.fp16 else 'bf16'}=True needs a GPU; training in float32")
+        config.fp16 = config.bf16 = False
+    if unpaged := UNPAGED.get(str(config.optim)):
+        say_once(f"{config.optim} needs a GPU; training with {unpaged}")
+        config.optim = unpaged
+    config.dataloader_pin_memory = False
 
 
 def current_names(options: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,9 @@ import torch.nn.functional as F  # noqa: N812 — the field's name for it
 from gazelle.train.dataset import labelled_targets
 
 
-def batch_loss(model: torch.nn.Module, inputs: dict[str, Any], label_smoothing: float = 0.0) -> tuple[torch.Tensor, Any]:
+def batch_loss(
+    model: torch.nn.Module, inputs: dict[str, Any], label_smoothing: float = 0.0
+) -> tuple[torch.Tensor, Any]:
     """Sum of the cross entropies of a batch, in nats, and the model's output.
 
     Args:

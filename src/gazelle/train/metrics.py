@@ -18,7 +18,7 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         path = metrics_path(args)
-        kept = [entry for entry in read_metrics(path) if entry["step"] <= state.global_step] if state.global_step else []
+        kept = [entry for entry in read_metrics(path) if entry["step"] <= state.global_step and state.global_step]
         path.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
 
     def on_log(
@@ -29,11 +29,10 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero or logs is None:
             return
         # JSON has no NaN: a loss that is not a number is written as null.
-        entry = {"step": state.global_step} | {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in logs.items()
-        }
+        numbers = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+                   for name, value in logs.items()}
         with metrics_path(args).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+            file.write(json.dumps({"step": state.global_step} | numbers) + "\n")
 
 
 def metrics_path(args: TrainingArguments) -> Path:

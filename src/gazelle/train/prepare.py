@@ -9,8 +9,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gazelle.base.errors import DataError
 from gazelle.data.conversation import Conversation
 from gazelle.data.encode import Encoded, Example, encode
-from gazelle.data.formats import to_conversations
-from gazelle.data.read import read_rows
+from gazelle.data.load import load_conversations
 from gazelle.data.report import DataReport, data_report
 from gazelle.data.templates import ensure_template
 from gazelle.train.config import SFTConfig
@@ -62,19 +61,20 @@ def encode_rows(
     def encoded(source: Any, split: str) -> Encoded:
         if rows := encoded_already(source, max_length):
             return rows
-        chats = to_conversations(
-            read_rows(source, split=split, token=config.hub_token), format=config.data_format, columns=_columns(config),
-            system=config.system, formatting_func=formatting_func, text_column=config.dataset_text_field,
+        loaded = load_conversations(
+            source, format=config.data_format, columns=_columns(config), split=split, system=config.system,
+            formatting_func=formatting_func, text_column=config.dataset_text_field, token=config.hub_token,
         )
-        conversations[:] = chats
-        return encode(chats, tokenizer, max_length=max_length, train_on=config.train_on)
+        conversations[:] = loaded.conversations
+        return encode(loaded.conversations, tokenizer, max_length=max_length, train_on=config.train_on,
+                      source=loaded.source, format=loaded.format)
 
     train = None if train_dataset is None else encoded(train_dataset, "train")
     evaluation: Encoded | dict[str, Encoded] | None = None
     if isinstance(eval_dataset, Mapping):
-        evaluation = {name: encoded(source, "test") for name, source in eval_dataset.items()}
+        evaluation = {name: encoded(source, "eval") for name, source in eval_dataset.items()}
     elif eval_dataset is not None:
-        evaluation = encoded(eval_dataset, "test")
+        evaluation = encoded(eval_dataset, "eval")
     first_eval = next(iter(evaluation.values())) if isinstance(evaluation, dict) else evaluation
     report = data_report(train, first_eval) if train is not None else None
     return Prepared(train, evaluation, report, max_length, conversations)

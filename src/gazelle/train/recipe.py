@@ -84,6 +84,10 @@ class Recipe(_Section):
                          system=data.system, train_on=data.train_on, chat_template=data.chat_template)
 
 
+    def lora_options(self) -> dict[str, Any]:
+        """Arguments for `get_peft_model`."""
+        return self.lora.model_dump() if self.lora is not None else {}
+
     def as_yaml(self) -> str:
         """The recipe with every default written out."""
         return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
@@ -92,7 +96,7 @@ class Recipe(_Section):
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe, with `section.key=value` overrides put over it.
 
-    Relative data and model paths are meant from the recipe's own folder when the file is there, else from the current one.
+    Relative paths of data and model are looked up in the current folder, then in the recipe's own.
 
     Raises:
         OptionError: naming file and key, what was found and what is accepted.

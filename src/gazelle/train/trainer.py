@@ -126,7 +126,7 @@ class SFTTrainer(Trainer):
             **kwargs: as in `transformers.Trainer.train`.
         """
         self._check_checkpoint(resume_from_checkpoint)
-        config: SFTConfig = self.args  # type: ignore[assignment]
+        config: SFTConfig = self.args
         if config.report and config.report_samples and self.is_world_process_zero():
             self.samples = pick_samples(self.prepared.conversations, config.report_samples)
             answer_samples(self.model, self.processing_class, self.samples, "before", config.report_max_new_tokens)
@@ -147,8 +147,9 @@ class SFTTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """Mean cross entropy over the labelled tokens of the accumulated batch (of this batch when not accumulating)."""
-        self._tokens += inputs["attention_mask"].sum().item() if "attention_mask" in inputs else inputs["labels"].numel()
+        """Mean cross entropy over the labelled tokens of the whole accumulated batch."""
+        mask = inputs.get("attention_mask")
+        self._tokens += inputs["labels"].numel() if mask is None else int(mask.sum())
         total, output = batch_loss(model, inputs, self.args.label_smoothing_factor)
         count = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
         loss = total / count
@@ -179,7 +180,7 @@ class SFTTrainer(Trainer):
         metrics = {f"{metric_key_prefix}_loss": total_sum / count,
                    f"{metric_key_prefix}_runtime": time.perf_counter() - started}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         self._logged_at = time.perf_counter()  # so that time spent here does not count against training throughput
         return metrics
 
@@ -188,7 +189,7 @@ class SFTTrainer(Trainer):
         if "loss" in logs:
             now = time.perf_counter()
             device = str(self.args.device)
-            logs["tokens_per_second"] = round((self._tokens - self._tokens_logged) / max(now - self._logged_at, 1e-9), 1)
+            logs["tokens_per_second"] = round((self._tokens - self._tokens_logged) / (now - self._logged_at), 1)
             logs["memory_gb"] = round(memory_in_use(device) / 1e9, 3)
             logs["peak_memory_gb"] = round(peak_memory(device) / 1e9, 3)
             self._tokens_logged, self._logged_at = self._tokens, now
@@ -200,7 +201,8 @@ class SFTTrainer(Trainer):
         chosen = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
         return RunFacts(
             model_name=self.model.config.name_or_path, device=device_name(str(self.args.device)),
-            trainable=sum(size for size, trains in parameters if trains), parameters=sum(size for size, _ in parameters),
+            trainable=sum(size for size, trains in parameters if trains),
+            parameters=sum(size for size, _ in parameters),
             steps=self.state.global_step, seconds=seconds, tokens=self._tokens,
             peak_memory=peak_memory(str(self.args.device)),
             adapter=adapter and {name: _plain_set(getattr(adapter, name)) for name in chosen},
@@ -215,13 +217,14 @@ class SFTTrainer(Trainer):
             yield
 
     def _check_checkpoint(self, resume: str | bool | None) -> None:
-        if resume is True and (not Path(self.args.output_dir).is_dir() or get_last_checkpoint(self.args.output_dir) is None):
-            raise OptionError("there is no checkpoint to resume from", where=str(self.args.output_dir),
+        folder = Path(str(self.args.output_dir))
+        if resume is True and not (folder.is_dir() and get_last_checkpoint(str(folder))):
+            raise OptionError("there is no checkpoint to resume from", where=str(folder),
                               found="no checkpoint-N folder", expected="a folder in which training was started before",
                               fix="leave resume_from_checkpoint out to start anew")
         if isinstance(resume, str) and not (Path(resume) / "trainer_state.json").is_file():
             raise OptionError("this is not a checkpoint to resume from", where=resume, found="no trainer_state.json",
-                              expected="a checkpoint-N folder", fix="name a checkpoint folder, or pass True for the newest")
+                              expected="a checkpoint-N folder", fix="name one, or pass True for the newest")
 
 
 def _match_precision(config: SFTConfig, model: PreTrainedModel) -> None:

@@ -1,0 +1,169 @@
+"""Writes a model to disk: merged into one plain checkpoint, or its adapter alone."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gazelle.adapters.merge import merged_tensors
+from gazelle.base.errors import OptionError, OutputError, nearest
+from gazelle.base.files import check_writable, staged_folder
+from gazelle.models.shards import ShardWriter
+from gazelle.quantize.bnb import is_quantized_linear
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+_METHODS = ("merged_16bit", "lora")
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase | None", folder: str | Path, *,
+                save_method: str = "merged_16bit", max_shard_size: str | int = "5GB",
+                dtype: "str | torch.dtype | None" = None) -> Path:
+    """Write `model` to `folder`, which appears whole or not at all. The model in memory stays as it is.
+
+    Merging takes W + s·B·A in float32 one layer at a time and rounds once, so it needs memory for one shard. The
+    result loads in plain `AutoModelForCausalLM.from_pretrained`, an adapter in `PeftModel.from_pretrained`.
+
+    Args:
+        model: a model with or without an adapter, quantised or not.
+        tokenizer: written beside it, with its chat template.
+        folder: an earlier one is replaced when the new one is complete.
+        save_method: "merged_16bit" for a whole model, "lora" for the adapter alone.
+        max_shard_size: bytes a file, or a text such as "5GB".
+        dtype: of the merged weights: "bfloat16", "float16" or "float32". Left out: float16 if the model is, else
+            bfloat16, which holds any float32 weight without overflow.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OptionError: an unknown method, dtype or size; "lora" for a model without an adapter.
+        OutputError: the folder cannot be written to, holds the base model, or the disk is too full.
+        ModelError: the adapter is of a kind that cannot be merged.
+    """
+    target = Path(folder).expanduser().absolute()
+    if save_method not in _METHODS:
+        raise OptionError("no such way to save a model", where="save_method", found=save_method,
+                          expected=" or ".join(_METHODS), fix=nearest(save_method, _METHODS))
+    kept_as = _dtype(dtype, model)
+    limit = _bytes(max_shard_size)
+    _check_target(model, target)
+    if save_method == "lora":
+        return _save_adapter(model, tokenizer, target)
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _check_space(target, _numel(base) * kept_as.itemsize)
+    with staged_folder(target) as staging:
+        tied = _write_weights(model, base, kept_as, limit, staging)
+        _write_configs(base, kept_as, tied, staging)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+    return target
+
+
+def _dtype(dtype: "str | torch.dtype | None", model: Any) -> torch.dtype:
+    if dtype is None:
+        return torch.float16 if model.config.dtype in (torch.float16, "float16") else torch.bfloat16
+    name = str(dtype).removeprefix("torch.")
+    if name not in _DTYPES:
+        raise OptionError("weights cannot be saved in this type", where="dtype", found=dtype,
+                          expected=", ".join(_DTYPES), fix=nearest(name, _DTYPES))
+    return _DTYPES[name]
+
+
+def _bytes(size: str | int) -> int:
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]i?B)", str(size).strip(), re.IGNORECASE)
+    if match is None or float(match[1]) <= 0:
+        raise OptionError("this is not a size", where="max_shard_size", found=repr(size),
+                          expected='bytes, or a text such as "5GB"', fix="change max_shard_size")
+    return max(1, int(float(match[1]) * _SIZES[match[2].upper()]))
+
+
+def _check_target(model: Any, target: Path) -> None:
+    check_writable(target)
+    source = Path(str(getattr(model.config, "_name_or_path", "") or "."))
+    if target.exists() and source.is_dir() and (source / "config.json").exists() and source.samefile(target):
+        raise OutputError("this folder holds the model that was loaded", where=str(target), found="the base model",
+                          expected="another folder", fix="choose another output folder")
+
+
+def _check_space(target: Path, needed: int) -> None:
+    nearest_folder = next(folder for folder in (target, *target.parents) if folder.exists())
+    free = shutil.disk_usage(nearest_folder).free
+    if needed > free:
+        raise OutputError("not enough disk space for the model", where=str(target), found=f"{free:,} bytes free",
+                          expected=f"{needed:,} bytes", fix="make room, or choose a folder on another disk")
+
+
+def _numel(base: Any) -> int:
+    """Values in the merged model, give or take an adapter's."""
+    sizes = {}
+    for module in base.modules():
+        if isinstance(weight := getattr(module, "weight", None), Tensor):
+            quantized = is_quantized_linear(module)
+            sizes[id(weight)] = module.in_features * module.out_features if quantized else weight.numel()
+    return sum(sizes.values())
+
+
+def _save_adapter(model: Any, tokenizer: "PreTrainedTokenizerBase | None", target: Path) -> Path:
+    if not hasattr(model, "peft_config"):
+        raise OptionError("the model has no adapter to save", where="save_method", found='"lora"',
+                          expected="a model with an adapter", fix='use save_method="merged_16bit"')
+    with staged_folder(target) as staging:
+        # New tokens are in the adapter row by row; PEFT would ask the hub whether to write whole embeddings besides.
+        model.save_pretrained(str(staging), safe_serialization=True, save_embedding_layers=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(staging)
+    return target
+
+
+def _write_weights(model: Any, base: Any, dtype: torch.dtype, limit: int, folder: Path) -> bool:
+    """Write all tensors; True if there are tied weights that are still equal and were written once."""
+    tied_names = dict(getattr(base, "all_tied_weights_keys", {}))
+    tied = _still_tied(model, tied_names)
+    writer = ShardWriter(folder, limit)
+    for name, tensor in _disk_tensors(model, base, tied_names if tied else {}):
+        writer.add(name, tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype))
+    writer.close()
+    return tied
+
+
+def _disk_tensors(model: Any, base: Any, tied_names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Merged tensors under the names that the family's checkpoints have on the hub."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    for name, tensor in merged_tensors(model):
+        if name not in tied_names:
+            yield from revert_weight_conversion(base, {name: tensor}).items()
+
+
+def _still_tied(model: Any, tied_names: dict[str, str]) -> bool:
+    """Whether the tied weights are equal after merging: an adapter on one end alone unties them."""
+    if not tied_names:
+        return False
+    found = dict(merged_tensors(model, only={*tied_names, *tied_names.values()}))
+    return all(torch.equal(found[target], found[source]) for target, source in tied_names.items()
+               if target in found and source in found)
+
+
+def _write_configs(base: Any, dtype: torch.dtype, tied: bool, folder: Path) -> None:
+    config: PretrainedConfig = type(base.config).from_dict(base.config.to_dict())
+    for name in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, name):
+            delattr(config, name)
+    config.dtype = dtype
+    config.architectures = [type(base).__name__]
+    if getattr(base, "all_tied_weights_keys", None) and not tied:
+        config.get_text_config().tie_word_embeddings = False
+        config.tie_word_embeddings = False
+    config.save_pretrained(folder)
+    if base.generation_config is not None:
+        base.generation_config.save_pretrained(folder)

@@ -1,0 +1,67 @@
+"""bitsandbytes' 4-bit and 8-bit linear layers: recognise them and get their weights back.
+
+Shapes: N outputs, K inputs.
+"""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from gazelle.base.errors import ModelError
+
+
+def is_quantized_linear(module: nn.Module) -> bool:
+    """True for bitsandbytes' `Linear4bit` and `Linear8bitLt`. Does not import bitsandbytes."""
+    bnb = sys.modules.get("bitsandbytes")
+    return bnb is not None and isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
+
+
+def dequantize_linear(module: Any) -> Tensor:
+    """The weight [N, K] of a linear layer, bit-equal to what bitsandbytes makes of it; a plain layer's own tensor.
+
+    4 bits give the dtype that was quantised, 8 bits float32.
+
+    Raises:
+        ModelError: the layer's weight is not on a device yet, so it has not been quantised.
+    """
+    if not is_quantized_linear(module):
+        return module.weight.data
+    import bitsandbytes as bnb
+    from bitsandbytes import functional
+
+    if isinstance(module, bnb.nn.Linear4bit):
+        if module.weight.quant_state is None:
+            raise ModelError("a 4-bit layer has not been quantised yet", where=type(module).__name__,
+                             found="no quantisation state", expected="a loaded model", fix="move the model to a device")
+        return functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+    scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
+    if scales is None:
+        raise ModelError("an 8-bit layer has not been quantised yet", where=type(module).__name__, found="no scales",
+                         expected="a loaded model", fix="move the model to a device")
+    return functional.int8_vectorwise_dequant(module.weight.data, scales.to(module.weight.device))
+
+
+@contextlib.contextmanager
+def quiet_import() -> Iterator[None]:
+    """Import bitsandbytes, or a package that does, without its advice to install a package that we do without."""
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    earlier, log.level = log.level, logging.ERROR
+    try:
+        yield
+    finally:
+        log.setLevel(earlier)
+
+
+def hush_int8_casts() -> None:
+    """Stop bitsandbytes from logging, at every layer of every step, that 8-bit layers compute in float16."""
+    log = logging.getLogger("bitsandbytes.autograd._functions")
+    if _not_a_cast not in log.filters:
+        log.addFilter(_not_a_cast)
+
+
+def _not_a_cast(record: logging.LogRecord) -> bool:
+    return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
