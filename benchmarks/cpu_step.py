@@ -8,10 +8,7 @@ the machine does falls on both; the figure is the median.
 """
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import platform
 import statistics
 import time
 from pathlib import Path
@@ -20,7 +17,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from gazelle.base.device import device_name
+from gazelle.base.machine import machine_facts
 from gazelle.cli.demo import PACKAGE, demo_model
 from gazelle.data.encode import Example, encode
 from gazelle.data.load import load_conversations
@@ -65,9 +62,7 @@ def main() -> None:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     tokens = statistics.mean(sum(len(row.input_ids) for row in batch) for batch in batches[2:])
     result = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": {"device": device_name("cpu"), "python": platform.python_version()},
-        "versions": {name: importlib.metadata.version(name) for name in ("gazelle", "torch", "transformers", "peft")},
+        "machine": machine_facts(),
         "rows_a_batch": options.rows, "tokens_a_batch": tokens, "steps": options.steps,
         "median_seconds": medians, "tokens_per_second": {name: tokens / value for name, value in medians.items()},
         "speedup": medians["hugging face + peft"] / medians["gazelle"],

@@ -5,6 +5,7 @@ import torch
 
 from gazelle.base.device import check_device, default_device, default_dtype, device_name, memory_in_use, total_memory
 from gazelle.base.errors import MissingDependencyError, OptionError
+from gazelle.base.machine import machine_facts
 from gazelle.base.optional import OPTIONAL, require, version
 
 
@@ -21,6 +22,13 @@ def test_the_default_device_is_there() -> None:
     check_device(default_device())
     assert device_name(default_device())
     assert 1e6 < memory_in_use(default_device()) < total_memory(default_device()) or torch.cuda.is_available()
+
+
+def test_facts_say_where_a_figure_comes_from() -> None:
+    facts = machine_facts()
+    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["cores"] >= 1
+    assert len(facts["date"]) == 10
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CPU's answer")

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +42,7 @@ def add_lora(model: Any, *, r: int = 16, target_modules: str | Sequence[str] | N
         layers_to_transform: numbers of the decoder layers to adapt; None for all.
         modules_to_save: modules to train in full and save with the adapter.
         use_dora: train direction and magnitude apart (https://arxiv.org/abs/2402.09353).
-        use_gradient_checkpointing: True or "unsloth" switch it on, False off; "auto" leaves it to the trainer.
+        use_gradient_checkpointing: True switches it on, False off; "auto" or "unsloth" leave it to the trainer.
         **kwargs: further options of peft.LoraConfig.
 
     Raises:
@@ -62,12 +63,11 @@ def add_lora(model: Any, *, r: int = 16, target_modules: str | Sequence[str] | N
     layers = _layers(model, layers_to_transform)
     targets = resolve_targets(model, target_modules)
     saved = _modules_to_save(model, modules_to_save)
-    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     options: dict[str, Any] = {
         "task_type": "CAUSAL_LM", "r": r, "target_modules": targets, "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout, "bias": bias, "use_rslora": use_rslora, "use_dora": use_dora,
         "layers_to_transform": layers, "modules_to_save": saved, "trainable_token_indices": new_token_indices(model),
-        "ensure_weight_tying": bool(tied and saved and {"embed_tokens", "lm_head"} & set(saved)),
+        "ensure_weight_tying": _trains_both_ends(model, saved),
     }
     if loftq_config:
         options |= _loftq(model, loftq_config, peft)
@@ -125,6 +125,12 @@ def _modules_to_save(model: torch.nn.Module, wanted: Sequence[str] | None) -> li
     return wanted
 
 
+def _trains_both_ends(model: Any, saved: list[str] | None) -> bool:
+    """True if one of two tied embeddings is trained in full: the other has to follow."""
+    tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    return bool(tied and saved and {"embed_tokens", "lm_head"} & set(saved))
+
+
 def _loftq(model: torch.nn.Module, wanted: dict[str, Any], peft: Any) -> dict[str, Any]:
     if any(is_quantized_linear(module) for module in model.modules()):
         raise OptionError("LoftQ quantises the model itself", where="loftq_config", found="a quantised model",
@@ -147,7 +153,10 @@ def _seeded(model: torch.nn.Module, seed: int) -> Iterator[None]:
 
 def _build(model: Any, config: "LoraConfig", peft: Any) -> "PeftModel":
     try:
-        return peft.get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # An adapter on one of two tied ends: merging writes both, so what PEFT warns of does not happen.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            return peft.get_peft_model(model, config)
     except (ValueError, TypeError, NotImplementedError) as error:
         raise OptionError("LoRA cannot be put on this model in this way", where="get_peft_model", found=str(error),
                           expected="options that suit the model", fix="change or leave out the option it names"
@@ -156,10 +165,10 @@ def _build(model: Any, config: "LoraConfig", peft: Any) -> "PeftModel":
 
 def _prepare(model: Any, checkpointing: bool | str) -> None:
     quantized = any(is_quantized_linear(module) for module in model.modules())
-    if checkpointing in (True, "unsloth"):
+    if checkpointing is True:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     elif checkpointing is False:
         model.gradient_checkpointing_disable()
-    if quantized or checkpointing in (True, "unsloth"):
+    if quantized or checkpointing is True:
         # Frozen embeddings give inputs without a gradient, at which reentrant checkpointing would stop.
         model.enable_input_require_grads()

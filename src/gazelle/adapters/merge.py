@@ -107,8 +107,11 @@ def _lora(layer: "LoraLayer | Any") -> Iterator[tuple[str, Tensor]]:
         else:
             weight = weight + _update(layer, name)
         if layer.lora_bias.get(name):
-            extra = layer.lora_B[name].bias.float() * layer.scaling[name]
-            bias = extra if bias is None else bias.float() + extra
+            if bias is None:
+                raise ModelError("the adapter has biases where the model has none", where=type(base).__name__,
+                                 found="lora_bias=True", expected="layers with a bias",
+                                 fix='save the adapter alone with save_method="lora"')
+            bias = bias.float() + layer.lora_B[name].bias.float() * layer.scaling[name]
     return _linear(weight, bias)
 
 

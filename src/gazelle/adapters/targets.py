@@ -64,8 +64,8 @@ def _other_spelling(name: str, paths: Sequence[str]) -> list[str]:
     parts = [part for part in _FUSED.get(name, ()) if _present(part, paths)]
     if parts:
         return parts
-    fused = [whole for whole, names in _FUSED.items() if (name in names or name in _FUSED) and _present(whole, paths)
-             and (name in names or _FUSED[name] == names)]
+    wanted = set(_FUSED.get(name, (name,)))
+    fused = [whole for whole, inside in _FUSED.items() if wanted <= set(inside) and _present(whole, paths)]
     synonyms = [other for group in _SYNONYMS if name in group for other in group if _present(other, paths)]
     return (fused or synonyms)[:1]
 

@@ -88,8 +88,8 @@ def _rebuild(model: "PeftModel", in_use: int, new_size: int, peft: Any) -> None:
                           found=f"modules_to_save={config.modules_to_save}", expected="tokens added before the adapter",
                           fix="call resize_token_embeddings before get_peft_model")
     training = model.training
-    weights = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    weights = {key: value.clone() for key, value in weights.items() if "token_adapter" not in key}
+    weights = {key: value.clone() for key, value in model.state_dict().items()
+               if ".lora_" in key or ".modules_to_save." in key}
     _keep_trained_tokens(model, name, peft)
     base: Any = model.base_model.unload()
     _grow(base, in_use, new_size)
@@ -99,7 +99,7 @@ def _rebuild(model: "PeftModel", in_use: int, new_size: int, peft: Any) -> None:
     with torch.random.fork_rng(devices=[]):
         rebuilt = peft.get_peft_model(base, config, adapter_name=name)
     config.init_lora_weights = init
-    peft.set_peft_model_state_dict(rebuilt, weights, adapter_name=name)
+    rebuilt.load_state_dict(weights, strict=False)
     model.base_model = rebuilt.base_model
     model.train(training)
 

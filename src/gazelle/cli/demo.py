@@ -10,6 +10,7 @@ from rich.table import Table
 
 from gazelle.base.errors import MissingDependencyError
 from gazelle.base.files import write_text
+from gazelle.base.machine import machine_facts
 from gazelle.base.optional import OPTIONAL
 from gazelle.data.formats import to_conversations
 from gazelle.data.read import read_rows
@@ -54,8 +55,8 @@ def run_demo(output: Path, seed: int) -> None:
     console.print(score_table(before, after))
     for index in spread(before, after):
         console.print(f"\n[bold]{questions[index].messages[-1]['content']}[/]")
-        console.print(f"  before  {before[index].answer.strip()}", markup=False, highlight=False)
-        console.print(f"  after   {after[index].answer.strip()}", markup=False, highlight=False)
+        console.print(f"  before  {before[index].answer.strip()}", markup=False, highlight=False, soft_wrap=True)
+        console.print(f"  after   {after[index].answer.strip()}", markup=False, highlight=False, soft_wrap=True)
     console.print(
         f"\ntrained in {training:.0f} s, all in all {time.perf_counter() - began:.0f} s\n"
         f"adapter   {output}\nreport    {output}/report.html\nscores    {output}/scores.json\n"
@@ -129,6 +130,7 @@ def spread(before: list[Graded], after: list[Graded], count: int = 3) -> list[in
 def write_scores(path: Path, before: list[Graded], after: list[Graded], seconds: dict[str, float]) -> None:
     """Every question with both answers, and the counts, as JSON."""
     content = {
+        "machine": machine_facts(),
         "paraphrases": {"before": paraphrases(before), "after": paraphrases(after)},
         "by_category": {"before": accuracy_by_category(before), "after": accuracy_by_category(after)},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},

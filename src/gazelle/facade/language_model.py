@@ -128,9 +128,16 @@ class FastLanguageModel:
 
 def bind(model: Any) -> Any:
     """Give a model object the methods that people call on it. Nothing but this one object changes."""
+    if hasattr(model, "peft_config"):
+        model.save_pretrained = types.MethodType(_save_adapter, model)
     model.save_pretrained_merged = types.MethodType(_save_pretrained_merged, model)
     model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
     return model
+
+
+def _save_adapter(self: "PeftModel", save_directory: str, **options: Any) -> None:
+    """As in PEFT. Added tokens are saved as rows of their own, so a resized embedding need not be saved whole."""
+    type(self).save_pretrained(self, str(save_directory), **{"save_embedding_layers": False} | options)
 
 
 def _save_pretrained_merged(

@@ -31,7 +31,7 @@ def find_checkpoint(model_name: str, *, revision: str | None = None, token: str 
                     local_files_only: bool = False, weights: bool = True) -> Checkpoint:
     """The local folder for a folder, GGUF file or hub name, checked for missing, truncated and pickled weights.
 
-    Without `weights`, a hub model's weights are neither downloaded nor looked at.
+    Without `weights`, they are neither downloaded nor looked at.
 
     Raises:
         ModelError: nothing is there, or what is there cannot be loaded.
@@ -42,7 +42,7 @@ def find_checkpoint(model_name: str, *, revision: str | None = None, token: str 
         return Checkpoint(str(path), convert_gguf(path))
     if path.is_dir():
         path = path.resolve()
-        return _checked(str(path), path)
+        return _checked(str(path), path, weights)
     if path.exists() or path.is_absolute() or model_name.startswith((".", "~")) or model_name.count("/") > 1 \
             or path.suffix == ".gguf":
         raise ModelError("there is no model at this path", where=model_name,
@@ -53,7 +53,7 @@ def find_checkpoint(model_name: str, *, revision: str | None = None, token: str 
     if trust_remote_code:
         patterns.append("*.py")
     folder = _download(model_name, revision, token, patterns, cache_dir, local_files_only)
-    return _checked(model_name, folder) if weights else Checkpoint(model_name, folder)
+    return _checked(model_name, folder, weights)
 
 
 def _download(name: str, revision: str | None, token: str | None, patterns: list[str], cache_dir: str | None,
@@ -84,10 +84,11 @@ def _download(name: str, revision: str | None, token: str | None, patterns: list
                          expected="a model folder, a .gguf file, or a hub name such as org/name", fix=fix) from error
 
 
-def _checked(name: str, folder: Path) -> Checkpoint:
+def _checked(name: str, folder: Path, weights: bool) -> Checkpoint:
     adapter = folder / "adapter_config.json"
     if adapter.exists() and not (folder / "config.json").exists():
-        _check_adapter_weights(folder)
+        if weights:
+            _check_adapter_weights(folder)
         return Checkpoint(name, folder, read_json(adapter))
     if not (folder / "config.json").exists():
         present = sorted(entry.name for entry in folder.iterdir())
@@ -96,8 +97,9 @@ def _checked(name: str, folder: Path) -> Checkpoint:
         raise ModelError("this folder is not a model", where=str(folder), found=", ".join(present) or "an empty folder",
                          expected="config.json and *.safetensors, or adapter_config.json", fix=fix)
     read_json(folder / "config.json")
-    for shard in weight_files(folder):
-        check_safetensors(shard)
+    if weights:
+        for shard in weight_files(folder):
+            check_safetensors(shard)
     return Checkpoint(name, folder)
 
 
@@ -162,7 +164,7 @@ def check_finite(tensors: "Iterable[tuple[str, torch.Tensor]]", where: str) -> N
 
     for name, tensor in tensors:
         # The sum alone tells, at memory speed; only a sum that overflowed needs the slow look.
-        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float32).isfinite():
+        if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.sum(dtype=torch.float32).isfinite():
             bad = int((~torch.isfinite(tensor)).sum())
             if bad:
                 raise ModelError("the weights hold values that are not numbers", where=f"{where}, {name}",

@@ -37,8 +37,9 @@ def generate_texts(model: Any, tokenizer: "PreTrainedTokenizerBase", conversatio
     _check(max_new_tokens, batch_size, temperature)
     prompts = [_encode(tokenizer, item) for item in conversations_or_prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    stops = _stops(model, tokenizer)
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=temperature > 0, use_cache=True, eos_token_id=_stops(model, tokenizer),
+        max_new_tokens=max_new_tokens, do_sample=temperature > 0, use_cache=True, eos_token_id=stops,
         pad_token_id=tokenizer.pad_token_id, **({"temperature": temperature, "top_k": 0} if temperature > 0 else {}))
     answers = [""] * len(prompts)
     with _answering(model, config):
@@ -46,9 +47,10 @@ def generate_texts(model: Any, tokenizer: "PreTrainedTokenizerBase", conversatio
             chosen = order[start:start + batch_size]
             ids, mask = _pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id, model.device)
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
-            texts = tokenizer.batch_decode(output[:, ids.shape[1]:], skip_special_tokens=True)
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text
+            for i, row in zip(chosen, output[:, ids.shape[1]:].tolist(), strict=True):
+                # A token that ends the answer is no part of it, though not every one of them is a special token.
+                end = next((at for at, token in enumerate(row) if token in stops), len(row))
+                answers[i] = tokenizer.decode(row[:end], skip_special_tokens=True)
     return answers
 
 

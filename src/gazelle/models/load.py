@@ -7,21 +7,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from gazelle.adapters.load import put_adapter
-from gazelle.base.device import check_device, default_device, default_dtype
 from gazelle.base.errors import ModelError, OptionError, nearest
 from gazelle.base.log import logger
+from gazelle.models import options
 from gazelle.models.checkpoint import Checkpoint, check_finite, find_checkpoint, weight_files
 from gazelle.models.context import fit_context
 from gazelle.models.special_tokens import align_special_tokens
-from gazelle.quantize.bnb import hush_int8_casts, quiet_import
+from gazelle.quantize.bnb import forbid_repacking, hush_int8_casts, quiet_import
 
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-_DTYPES = ("bfloat16", "float16", "float32")
 _PASSED_ON = ("attn_implementation",)
-_PLACES = ("auto", "balanced", "balanced_low_0", "sequential")
 
 
 def load_model(model_name: str, *, max_seq_length: int | None = None, dtype: "str | torch.dtype | None" = None,
@@ -54,14 +52,14 @@ def load_model(model_name: str, *, max_seq_length: int | None = None, dtype: "st
         ModelError: the checkpoint is missing, damaged, pickled, or holds NaN.
         OptionError: an option that is unknown or cannot be had together with another or on this machine.
     """
-    dtype = _only_one(dtype, kwargs.pop("torch_dtype", None))
+    dtype = options.only_one(dtype, kwargs.pop("torch_dtype", None))
     if unknown := [name for name in kwargs if name not in _PASSED_ON]:
         known = [*inspect.signature(load_model).parameters, *_PASSED_ON]
         raise OptionError("unknown option for loading a model", where="load_model", found=unknown[0],
                           expected="an option it has", fix=nearest(unknown[0], known))
-    bits = _bits(load_in_4bit, load_in_8bit, full_finetuning, quant_method)
-    place = _device_map(device_map)
-    wanted = _dtype(dtype)
+    bits = options.bits(load_in_4bit, load_in_8bit, full_finetuning, quant_method)
+    place = options.device_map(device_map)
+    wanted = options.dtype(dtype)
     hub = {"token": token, "trust_remote_code": trust_remote_code, "cache_dir": cache_dir,
            "local_files_only": local_files_only}
     checkpoint = find_checkpoint(model_name, revision=revision, **hub)  # type: ignore[arg-type]
@@ -101,59 +99,6 @@ def load_tokenizer(model_name: str, *, token: str | None = None, revision: str |
     return _tokenizer(checkpoint, base, trust_remote_code), _config(base, trust_remote_code)
 
 
-def _only_one(dtype: Any, torch_dtype: Any) -> Any:
-    if dtype is not None and torch_dtype is not None and dtype != torch_dtype:
-        raise OptionError("dtype and torch_dtype are two names of one option", where="dtype", found=torch_dtype,
-                          expected=f"{dtype}, or only one of them", fix="leave torch_dtype out")
-    return dtype if dtype is not None else torch_dtype
-
-
-def _bits(four: bool | None, eight: bool, full: bool, quant_method: str) -> int:
-    if quant_method not in ("nf4", "fp4"):
-        raise OptionError("no such way to quantise", where="quant_method", found=quant_method, expected="nf4 or fp4",
-                          fix="leave quant_method out for nf4")
-    if four and eight:
-        raise OptionError("a model is kept in 4 bits or in 8, not both", where="load_in_4bit, load_in_8bit",
-                          found="both True", expected="one of them", fix="leave one of them out")
-    if full and (four or eight):
-        raise OptionError("quantised weights cannot be trained", where="full_finetuning",
-                          found="full_finetuning with " + ("load_in_4bit" if four else "load_in_8bit"),
-                          expected="full fine-tuning on unquantised weights", fix="leave out the quantisation")
-    if full or four is False:
-        return 8 if eight else 0
-    return 8 if eight else 4
-
-
-def _device_map(place: "str | torch.device | dict[str, Any] | None") -> Any:
-    if isinstance(place, dict):
-        for device in place.values():
-            check_device(f"cuda:{device}" if isinstance(device, int) else str(device))
-        return place
-    if place in _PLACES:
-        return place
-    device = default_device() if place is None else str(place)
-    check_device(device)
-    return {"": device}
-
-
-def _dtype(dtype: "str | torch.dtype | None") -> "torch.dtype | str":
-    import torch
-
-    if dtype is None:
-        return default_dtype()
-    if isinstance(dtype, torch.dtype):
-        name = str(dtype).removeprefix("torch.")
-    else:
-        name = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}.get(
-            str(dtype), str(dtype).removeprefix("torch."))
-    if name == "auto":
-        return "auto"
-    if name not in _DTYPES:
-        raise OptionError("a model cannot compute in this type", where="dtype", found=dtype,
-                          expected="auto, " + ", ".join(_DTYPES), fix=nearest(name, ["auto", *_DTYPES]))
-    return getattr(torch, name)
-
-
 def _base_of(checkpoint: Checkpoint, hub: dict[str, Any]) -> Checkpoint:
     adapter = checkpoint.adapter or {}
     name = adapter.get("base_model_name_or_path")
@@ -188,6 +133,7 @@ def _config(base: Checkpoint, trust_remote_code: bool) -> "PretrainedConfig":
 
 def _quantization(config: "PretrainedConfig", bits: int, method: str, dtype: Any,
                   full: bool) -> "BitsAndBytesConfig | None":
+    hush_int8_casts()
     earlier = getattr(config, "quantization_config", None)
     if earlier is not None:
         kind = earlier.get("quant_method", "unknown") if isinstance(earlier, dict) else earlier.quant_method
@@ -203,7 +149,6 @@ def _quantization(config: "PretrainedConfig", bits: int, method: str, dtype: Any
     from transformers import BitsAndBytesConfig
 
     if bits == 8:
-        hush_int8_casts()
         return BitsAndBytesConfig(load_in_8bit=True)
     compute = (getattr(config, "dtype", None) or torch.float32) if dtype == "auto" else dtype
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type=method, bnb_4bit_use_double_quant=True,
@@ -222,17 +167,20 @@ def _check_files(base: Checkpoint, place: Any) -> None:
 
 def _weights(base: Checkpoint, config: "PretrainedConfig", dtype: Any, place: Any,
              quantization: "BitsAndBytesConfig | None", trust_remote_code: bool,
-             options: dict[str, Any]) -> "PreTrainedModel":
+             passed_on: dict[str, Any]) -> "PreTrainedModel":
     from transformers import AutoModelForCausalLM
 
     if quantization is not None:
-        options = options | {"quantization_config": quantization}
+        passed_on = passed_on | {"quantization_config": quantization}
     try:
         with quiet(), quiet_import():
             model, report = AutoModelForCausalLM.from_pretrained(
                 base.folder, config=config, dtype=dtype, device_map=place, use_safetensors=True,
-                trust_remote_code=trust_remote_code, output_loading_info=True, **options)
-    except (ValueError, RuntimeError, ImportError, KeyError, OSError) as error:
+                trust_remote_code=trust_remote_code, output_loading_info=True, **passed_on)
+    except ImportError as error:
+        raise ModelError("the model needs a package that is not here", where=base.name, found=str(error),
+                         expected="the package that reads its weights", fix="install the package it names") from error
+    except (ValueError, RuntimeError, KeyError, OSError) as error:
         import torch
 
         if isinstance(error, torch.OutOfMemoryError):
@@ -240,6 +188,7 @@ def _weights(base: Checkpoint, config: "PretrainedConfig", dtype: Any, place: An
         raise ModelError("the model cannot be loaded", where=base.name, found=str(error),
                          expected="weights that fit config.json", fix="check that all files come from one checkpoint"
                          ) from error
+    forbid_repacking(model)
     if missing := sorted(report["missing_keys"]):
         raise ModelError("tensors are missing from the weights", where=base.name,
                          found=f"no {', '.join(missing[:3])}" + (f" and {len(missing) - 3} more" * (len(missing) > 3)),

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 _METHODS = ("merged_16bit", "lora")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# What a saved model consists of. Anything else in the output folder is somebody's work.
+_OURS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json",
+         "README.md", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+         "chat_template*")
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -34,7 +38,7 @@ def save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase | None", folder:
     Args:
         model: a model with or without an adapter, quantised or not.
         tokenizer: written beside it, with its chat template.
-        folder: an earlier one is replaced when the new one is complete.
+        folder: an earlier saved model there is replaced when the new one is complete.
         save_method: "merged_16bit" for a whole model, "lora" for the adapter alone.
         max_shard_size: bytes a file, or a text such as "5GB".
         dtype: of the merged weights: "bfloat16", "float16" or "float32". Left out: float16 if the model is, else
@@ -45,7 +49,7 @@ def save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase | None", folder:
 
     Raises:
         OptionError: an unknown method, dtype or size; "lora" for a model without an adapter.
-        OutputError: the folder cannot be written to, holds the base model, or the disk is too full.
+        OutputError: the folder cannot be written to, holds the base model or other files, or the disk is too full.
         ModelError: the adapter is of a kind that cannot be merged.
     """
     target = Path(folder).expanduser().absolute()
@@ -93,6 +97,12 @@ def _check_target(model: Any, target: Path) -> None:
     if target.exists() and source.is_dir() and (source / "config.json").exists() and source.samefile(target):
         raise OutputError("this folder holds the model that was loaded", where=str(target), found="the base model",
                           expected="another folder", fix="choose another output folder")
+    others = [entry.name for entry in target.iterdir() if not any(entry.match(name) for name in _OURS)] \
+        if target.exists() else []
+    if others:
+        raise OutputError("the folder holds other files, which would be lost", where=str(target),
+                          found=", ".join(sorted(others)), expected="a new folder, or one with a saved model alone",
+                          fix="choose a folder of its own for the model")
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -119,7 +129,9 @@ def _save_adapter(model: Any, tokenizer: "PreTrainedTokenizerBase | None", targe
                           expected="a model with an adapter", fix='use save_method="merged_16bit"')
     with staged_folder(target) as staging:
         # New tokens are in the adapter row by row; PEFT would ask the hub whether to write whole embeddings besides.
-        model.save_pretrained(str(staging), safe_serialization=True, save_embedding_layers=False)
+        model.save_pretrained(str(staging), save_embedding_layers=False)
+        mode = (staging / "adapter_config.json").stat().st_mode
+        (staging / "adapter_model.safetensors").chmod(mode)  # safetensors makes its files private, whatever the umask
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
     return target

@@ -4,6 +4,7 @@ Shapes: N outputs, K inputs.
 """
 
 import contextlib
+import copy
 import logging
 import sys
 from collections.abc import Iterator
@@ -37,12 +38,38 @@ def dequantize_linear(module: Any) -> Tensor:
         if module.weight.quant_state is None:
             raise ModelError("a 4-bit layer has not been quantised yet", where=type(module).__name__,
                              found="no quantisation state", expected="a loaded model", fix="move the model to a device")
-        return functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+        return functional.dequantize_4bit(*_plain_layout(module.weight.data, module.weight.quant_state))
     scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
     if scales is None:
         raise ModelError("an 8-bit layer has not been quantised yet", where=type(module).__name__, found="no scales",
                          expected="a loaded model", fix="move the model to a device")
     return functional.int8_vectorwise_dequant(module.weight.data, scales.to(module.weight.device))
+
+
+def forbid_repacking(model: nn.Module) -> None:
+    """Keep 4-bit weights as they were loaded.
+
+    On CPUs with AVX512-BF16, bitsandbytes otherwise repacks them in place at the first evaluation: block scales are
+    rounded to bfloat16, so training goes on with another model than before, and odd shapes fail.
+    """
+    module: Any
+    for module in model.modules():
+        if is_quantized_linear(module) and hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _plain_layout(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """A weight and its state as bitsandbytes dequantises them, also after it repacked them for a CPU."""
+    if not getattr(state, "packing_format_for_cpu", False):
+        return packed, state
+    from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+    state = copy.copy(state)
+    scales = state.absmax.T.reshape(-1).float()
+    state.original_nested = False  # quantising the scales once more would only add error
+    packed, state = _convert_weight_packed_for_cpu_inverse(packed, state)
+    state.absmax = scales
+    return packed, state
 
 
 @contextlib.contextmanager

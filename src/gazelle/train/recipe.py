@@ -123,7 +123,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for section, key in ((recipe.model, "name"), (recipe.data, "train"), (recipe.data, "eval")):
         value = getattr(section, key)
         if value and not Path(value).exists() and (path.parent / value).exists():
-            setattr(section, key, str(path.parent / value))
+            setattr(section, key, str((path.parent / value).resolve()))
     return recipe
 
 

@@ -1,23 +1,20 @@
 """`report.html`: what a run was given, what it did and what came of it, in one file without outside parts."""
 
 import datetime
-import importlib.metadata
-import platform
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import jinja2
-import psutil
 from transformers import TrainingArguments
 
 from gazelle.base.files import write_text
+from gazelle.base.machine import machine_facts
 from gazelle.data.report import DataReport
 from gazelle.train.metrics import metrics_path, read_metrics
 from gazelle.train.plot import loss_png, panel_svgs
 from gazelle.train.samples import Sample
 
-PACKAGES = ("gazelle", "torch", "transformers", "peft", "bitsandbytes")
 SECRETS = ("token", "api_key", "password", "secret")
 
 
@@ -26,7 +23,6 @@ class RunFacts:
     """What the report says of a run besides metrics, data and samples. Times in seconds, memory in bytes."""
 
     model_name: str
-    device: str
     trainable: int
     parameters: int
     steps: int
@@ -46,7 +42,7 @@ def write_report(args: TrainingArguments, facts: RunFacts, data: DataReport, sam
     cards = [("optimizer steps", f"{facts.steps:,}"), ("training time", duration(facts.seconds)),
              ("tokens per second", f"{facts.tokens / max(facts.seconds, 1e-9):,.0f}"),
              ("peak memory", f"{facts.peak_memory / 1e9:.1f} GB"),
-             ("trainable parameters", f"{facts.trainable:,} ({facts.trainable / facts.parameters:.2%})")]
+             ("parameters trained", f"{facts.trainable / 1e6:,.1f} M ({facts.trainable / facts.parameters:.1%})")]
     if losses:
         cards.insert(0, ("training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}"))
     if evals:
@@ -56,7 +52,7 @@ def write_report(args: TrainingArguments, facts: RunFacts, data: DataReport, sam
         subtitle=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z} · {folder.resolve()}",
         cards=cards, plots=panel_svgs(metrics), samples=samples,
         warnings=data.warnings, data_lines="\n".join(data.lines(warnings=False)),
-        settings=_settings(args, facts), all_settings=_all_settings(args), machine=_machine(facts),
+        settings=_settings(args, facts), all_settings=_all_settings(args), machine=_machine(),
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
@@ -83,7 +79,8 @@ def _settings(args: TrainingArguments, facts: RunFacts) -> list[tuple[str, Any]]
              "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "seed",
              "max_length", "packing", "train_on")
     chosen = [(name, _plain(getattr(args, name))) for name in names if hasattr(args, name)]
-    return [("model", facts.model_name), ("adapter", facts.adapter or "none: full fine-tuning"), *chosen]
+    adapter = ", ".join(f"{name}={_plain(value)}" for name, value in (facts.adapter or {}).items())
+    return [("model", facts.model_name), ("adapter", adapter or "none: full fine-tuning"), *chosen]
 
 
 def _all_settings(args: TrainingArguments) -> list[tuple[str, Any]]:
@@ -97,14 +94,13 @@ def _secret(name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return " ".join(map(str, value))
     return getattr(value, "value", value)  # enums by their value
 
 
-def _machine(facts: RunFacts) -> list[tuple[str, str]]:
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
-    return [("device", facts.device), ("CPU cores", str(len(psutil.Process().cpu_affinity()) if hasattr(
-        psutil.Process, "cpu_affinity") else psutil.cpu_count())),
-            ("host memory", f"{psutil.virtual_memory().total / 1e9:.0f} GB"),
-            ("Python", f"{platform.python_version()} on {platform.system()}"), ("packages", versions)]
-
-
+def _machine() -> list[tuple[str, str]]:
+    facts = machine_facts()
+    return [("device", facts["device"]), ("CPU cores", str(facts["cores"])),
+            ("host memory", f"{facts['memory_gb']} GB"), ("Python", f"{facts['python']} on {facts['system']}"),
+            ("packages", ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))]

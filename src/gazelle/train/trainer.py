@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from gazelle.adapters.lora import add_lora
-from gazelle.base.device import device_name, memory_in_use, peak_memory
+from gazelle.base.device import memory_in_use, peak_memory
 from gazelle.base.errors import OptionError
 from gazelle.base.files import check_writable
 from gazelle.base.log import say_once
@@ -140,6 +141,11 @@ class SFTTrainer(Trainer):
             write_report(config, self._facts(seconds), self.prepared.report, self.samples)
         return result
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save adapter or model and tokenizer, without the pickled arguments that the base class adds."""
+        super().save_model(output_dir, _internal_call)
+        (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -181,7 +187,7 @@ class SFTTrainer(Trainer):
                    f"{metric_key_prefix}_runtime": time.perf_counter() - started}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
-        self._logged_at = time.perf_counter()  # so that time spent here does not count against training throughput
+        self._logged_at += time.perf_counter() - started  # time spent here does not count against training throughput
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -200,7 +206,7 @@ class SFTTrainer(Trainer):
         adapter = getattr(self.model, "peft_config", {}).get("default")
         chosen = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
         return RunFacts(
-            model_name=self.model.config.name_or_path, device=device_name(str(self.args.device)),
+            model_name=self.model.config.name_or_path,
             trainable=sum(size for size, trains in parameters if trains),
             parameters=sum(size for size, _ in parameters),
             steps=self.state.global_step, seconds=seconds, tokens=self._tokens,

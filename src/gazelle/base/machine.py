@@ -1,0 +1,27 @@
+"""What a result was measured on: every figure that is kept says so."""
+
+import datetime
+import importlib.metadata
+import os
+import platform
+from typing import Any
+
+import psutil
+
+from gazelle.base.device import default_device, device_name
+
+PACKAGES = ("gazelle", "torch", "transformers", "peft", "bitsandbytes")
+
+
+def machine_facts() -> dict[str, Any]:
+    """Date, device, cores, host memory in GB, Python and package versions, as JSON-able values."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": device_name(default_device()),
+        "cores": cores,
+        "memory_gb": round(psutil.virtual_memory().total / 1e9),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+    }

@@ -1,0 +1,130 @@
+"""The README, word for word: every command in it is run, its Python example too, and its figures are the result file's.
+
+The demo is run in full, as a newcomer would, so this file takes a few minutes.
+"""
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from gazelle.__main__ import main
+from gazelle.cli.demo import PACKAGE
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which `gazelle demo` was run."""
+    folder = tmp_path_factory.mktemp("readme")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main(["demo"]) == 0
+    return folder
+
+
+def test_no_command_is_untested() -> None:
+    """A new command in the README needs a line in one of the tests below."""
+    assert set(commands()) == {
+        "make demo", "make setup", "pip install -e .",
+        ".venv/bin/gazelle chat out/demo",
+        "gazelle recipes", "gazelle recipes lora > my.yaml", "gazelle train my.yaml --dry-run",
+        "gazelle train my.yaml train.learning_rate=1e-4", "gazelle train my.yaml --print-recipe",
+        "gazelle chat out/lora", "gazelle doctor",
+    }
+
+
+def test_make_demo_is_gazelle_demo() -> None:
+    """`make` itself would set up a second environment; what it runs is what the fixture runs."""
+    planned = subprocess.run(["make", "-n", "-C", str(ROOT), "demo"], capture_output=True, text=True, check=True).stdout
+    assert planned.rstrip().splitlines()[-1].split("/")[-1].startswith(("gazelle demo", "make"))
+    assert ".venv/bin/gazelle demo" in planned
+    assert "--editable .[dev]" in (ROOT / "Makefile").read_text()
+
+
+def test_the_demo_keeps_its_promise(demo: Path) -> None:
+    scores = json.loads((demo / "out/demo/scores.json").read_text())
+    (before, asked), (after, _) = scores["paraphrases"]["before"], scores["paraphrases"]["after"]
+    assert before <= 0.10 * asked
+    assert after >= 0.75 * asked
+    for name in ("report.html", "loss.png", "metrics.jsonl", "recipe.yaml", "adapter_model.safetensors"):
+        assert (demo / "out/demo" / name).stat().st_size > 0
+    assert not [path.name for path in (demo / "out/demo").rglob("*") if path.suffix in (".bin", ".pt", ".pth", ".pkl")]
+
+
+def test_chat_answers_from_the_demo(demo: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "gazelle", "chat", "out/demo"], cwd=demo, capture_output=True,
+                          text=True, check=True, input="Who has to approve a refund above 300 euros?\n")
+    assert "Brida Sonnick" in done.stdout
+
+
+def test_the_commands_of_a_recipe(
+    demo_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As written, but for the model, which stands in for a hub name, and a data file of the reader's own."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["recipes"]) == 0
+    capsys.readouterr()
+    assert main(["recipes", "lora"]) == 0
+    recipe = yaml.safe_load(capsys.readouterr().out)
+    recipe["model"]["name"] = str(demo_gguf)
+    recipe["train"] |= {"max_steps": 2, "report": False}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "train.jsonl").write_text("".join((PACKAGE / "demo/train.jsonl").read_text().splitlines(True)[:40]))
+    assert main(["train", "my.yaml", "--dry-run"]) == 0
+    assert "labelled" in capsys.readouterr().out
+    assert main(["train", "my.yaml", "--print-recipe"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["train"]["max_steps"] == 2
+    assert not (tmp_path / "out").exists()
+    assert main(["train", "my.yaml", "train.learning_rate=1e-4"]) == 0
+    monkeypatch.setattr("sys.stdin", iter_lines("Hello?\n"))
+    assert main(["chat", "out/lora", "--max-new-tokens", "4"]) == 0
+    assert main(["doctor"]) == 0
+
+
+def iter_lines(text: str) -> object:
+    import io
+
+    return io.StringIO(text)
+
+
+def test_the_python_example(demo_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As written, but for the hub name and the length of the run."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("".join((PACKAGE / "demo/train.jsonl").read_text().splitlines(True)[:8]))
+    (code,) = blocks("python")
+    assert len(code.strip().splitlines()) <= 12
+    code = code.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(demo_gguf))
+    code = code.replace("num_train_epochs=3", "max_steps=1, report=False, per_device_train_batch_size=2")
+    (tmp_path / "example.py").write_text(code)
+    runpy.run_path(str(tmp_path / "example.py"))
+    assert (tmp_path / "lora_model/adapter_model.safetensors").exists()
+    assert (tmp_path / "merged/model.safetensors").exists()
+
+
+def test_figures_come_from_the_result_file() -> None:
+    from benchmarks.readme import demo_table
+
+    result = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
+    assert demo_table(result) in README
+
+
+def test_links_and_pictures_are_there() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
