@@ -151,7 +151,7 @@ CASES = [
     Case("pickle checkpoint", ("pytorch_model.bin", "safetensors"), prepare=break_model(to_pickle)),
     Case("NaN weights", ("weight", "NaN"), prepare=break_model(put_nan)),
     Case("no chat template", ("template",), prepare=break_model(drop_template)),
-    Case("no EOS token", ("EOS",), prepare=break_model(drop_eos)),
+    Case("no EOS token", ("end-of-sequence", "eos_token"), prepare=break_model(drop_eos)),
     Case("unknown template", ("chatml",), overrides=("data.chat_template=chatlm",)),
     Case("adapter for another base", ("adapter",), overrides=("model.name=adapter",), prepare=adapter_for_another_base),
     # options
@@ -163,8 +163,8 @@ CASES = [
     Case("unknown target module", ("query", "q_proj"), overrides=("lora.target_modules=[query]",)),
     Case("layer out of range", ("layers_to_transform", "9"), overrides=("lora.layers_to_transform=[9]",)),
     Case("4 and 8 bits", ("8", "4"), overrides=("model.load_in_4bit=true", "model.load_in_8bit=true")),
-    Case("unknown optimizer", ("optim",), overrides=("train.optim=adamm",)),
-    Case("unknown schedule", ("schedule",), overrides=("train.lr_scheduler_type=cosinus",)),
+    Case("unknown optimizer", ("optim", "adamw"), overrides=("train.optim=adamm",)),
+    Case("unknown schedule", ("lr_scheduler_type", "did you mean 'cosine'"), overrides=("train.lr_scheduler_type=cosinus",)),
     # the output folder
     Case("read-only output folder", ("/proc/out",), overrides=("output_dir=/proc/out",)),
     Case("output path through a file", ("rows.jsonl",), overrides=("output_dir=rows.jsonl/out",)),

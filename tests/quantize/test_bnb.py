@@ -1,14 +1,12 @@
 """Dequantised weights are bit-equal to what bitsandbytes computes with."""
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from torch import nn
 
 from gazelle.base.errors import ModelError
-from gazelle.quantize.bnb import dequantize_linear, forbid_repacking, is_quantized_linear, quiet_import
-
-with quiet_import():
-    import bitsandbytes as bnb
+from gazelle.quantize.bnb import dequantize_linear, forbid_repacking, is_quantized_linear
 
 
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])

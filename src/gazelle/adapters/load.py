@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gazelle.base.errors import ModelError
-from gazelle.quantize.bnb import quiet_import
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -17,8 +16,7 @@ def put_adapter(model: "nn.Module", folder: Path, *, is_trainable: bool) -> "Pef
     Raises:
         ModelError: the adapter was made for a model with other layers or sizes, or PEFT cannot read it.
     """
-    with quiet_import():
-        import peft
+    import peft
 
     _check_fit(model, folder / "adapter_model.safetensors")
     try:

@@ -12,7 +12,7 @@ from gazelle.adapters.targets import resolve_targets
 from gazelle.adapters.tokens import new_token_indices
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import logger
-from gazelle.quantize.bnb import is_quantized_linear, quiet_import
+from gazelle.quantize.bnb import is_quantized_linear
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -48,8 +48,7 @@ def add_lora(model: Any, *, r: int = 16, target_modules: str | Sequence[str] | N
     Raises:
         OptionError: an option that does not exist or cannot be used with this model.
     """
-    with quiet_import():
-        import peft
+    import peft
 
     if isinstance(model, peft.PeftModel):
         raise OptionError("the model has an adapter already", where="get_peft_model", found=type(model).__name__,

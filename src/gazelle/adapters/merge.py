@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gazelle.base.errors import ModelError
-from gazelle.quantize.bnb import dequantize_linear, is_quantized_linear, quiet_import
+from gazelle.quantize.bnb import dequantize_linear, is_quantized_linear
 
 if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
@@ -65,10 +65,9 @@ def _resolved(module: Any, path: str) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the plain module that a quantised or adapted one stands for."""
     if is_quantized_linear(module):
         return _linear(dequantize_linear(module), module.bias)
-    with quiet_import():
-        from peft.tuners.lora import LoraLayer
-        from peft.tuners.lora.layer import ParamWrapper
-        from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
+    from peft.tuners.lora import LoraLayer
+    from peft.tuners.lora.layer import ParamWrapper
+    from peft.utils.other import ModulesToSaveWrapper, TrainableTokensWrapper
 
     if isinstance(module, ModulesToSaveWrapper):
         chosen = module.modules_to_save[module.active_adapters[0]] if module.active_adapters else module.original_module

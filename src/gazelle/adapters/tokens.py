@@ -31,10 +31,7 @@ def resize_token_embeddings(model: Any, new_size: int) -> torch.nn.Module:
     Raises:
         OptionError: `new_size` is no positive number, or below the tokens in use.
     """
-    from gazelle.quantize.bnb import quiet_import
-
-    with quiet_import():
-        import peft
+    import peft
 
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     in_use = getattr(base, "tokens_in_use", base.get_input_embeddings().weight.shape[0])

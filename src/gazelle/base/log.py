@@ -6,6 +6,9 @@ import sys
 logger = logging.getLogger("gazelle")
 logger.addHandler(logging.NullHandler())
 
+# On a CPU, each import of bitsandbytes advises to install a package that we do without.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 _said: set[str] = set()
 
 
@@ -16,12 +19,17 @@ def say_once(message: str, level: int = logging.WARNING) -> None:
         logger.log(level, message)
 
 
+class _Terminal(logging.Handler):
+    """Writes to whatever standard error is at the time, which a notebook or a test may exchange."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
 def log_to_terminal(level: int = logging.INFO) -> None:
-    """Send gazelle's messages to standard error, as the command line does. Calling it twice is harmless."""
-    if any(isinstance(handler, logging.StreamHandler) for handler in logger.handlers):
+    """Send gazelle's messages to standard error, unless the program has set up logging itself."""
+    own = [handler for handler in logger.handlers if not isinstance(handler, logging.NullHandler)]
+    if own or logging.getLogger().handlers:
         return
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
-    logger.addHandler(handler)
+    logger.addHandler(_Terminal())
     logger.setLevel(level)
-    logger.propagate = False

@@ -34,7 +34,7 @@ def contains_keys(answer: str, keys: Sequence[str]) -> bool:
 
 def grade(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, questions: Sequence[Question], *,
-    max_new_tokens: int = 48, batch_size: int = 20,
+    max_new_tokens: int = 48, batch_size: int = 80,
 ) -> list[Graded]:
     """Ask every question (greedy decoding) and judge the answers."""
     answers = generate_texts(model, tokenizer, [list(question.messages) for question in questions],

@@ -21,7 +21,7 @@ class FastLanguageModel:
     @staticmethod
     def from_pretrained(
         model_name: str,
-        max_seq_length: int = 2048,
+        max_seq_length: int | None = None,
         dtype: "torch.dtype | str | None" = None,
         load_in_4bit: bool | None = None,
         load_in_8bit: bool = False,
@@ -39,6 +39,7 @@ class FastLanguageModel:
         Args:
             model_name: hub name, local folder, one GGUF file, or a folder that holds a PEFT adapter.
             max_seq_length: longest row in tokens; beyond the model's own limit its rotary positions are scaled.
+                Default: 2048, or the model's limit if that is shorter.
             dtype: type of the 16-bit or 32-bit weights and of the computation; default: by device. `torch_dtype` is
                 the older name.
             load_in_4bit: NF4 base weights with double quantisation, in bitsandbytes' storage (the default).
@@ -160,6 +161,6 @@ def _save_pretrained_merged(
     save_merged(self, tokenizer, save_directory, save_method=save_method, max_shard_size=max_shard_size, **options)
 
 
-def _resize_token_embeddings(self: "PreTrainedModel", new_num_tokens: int) -> Any:
-    """As in transformers; the added rows are then trained with the adapter and saved with it."""
+def _resize_token_embeddings(self: "PreTrainedModel", new_num_tokens: int, mean_resizing: bool = True) -> Any:  # noqa: ARG001
+    """As in transformers; added rows start as the mean of all, are trained with the adapter and saved with it."""
     return resize_token_embeddings(self, new_num_tokens)

@@ -10,6 +10,7 @@ from gazelle.data.load import load_conversations
 from gazelle.data.read import Rows, read_rows
 from gazelle.data.report import DataReport
 from gazelle.facade.language_model import FastLanguageModel
+from gazelle.models.context import fit_context
 from gazelle.models.load import load_tokenizer
 from gazelle.train.prepare import encode_rows
 from gazelle.train.recipe import Recipe
@@ -49,7 +50,7 @@ def dry_run(recipe: Recipe) -> DataReport:
                                        trust_remote_code=recipe.model.trust_remote_code)
     train, evaluation = split_rows(recipe)
     settings = recipe.sft_config()
-    settings.max_length = settings.max_length or recipe.model.max_seq_length
+    settings.max_length = settings.max_length or fit_context(config, recipe.model.max_seq_length)
     report = encode_rows(tokenizer, config.model_type, settings, train, evaluation).report
     return cast(DataReport, report)  # there is one, as there are training rows
 

@@ -13,7 +13,7 @@ from gazelle.models import options
 from gazelle.models.checkpoint import Checkpoint, check_finite, find_checkpoint, weight_files
 from gazelle.models.context import fit_context
 from gazelle.models.special_tokens import align_special_tokens
-from gazelle.quantize.bnb import forbid_repacking, hush_int8_casts, quiet_import
+from gazelle.quantize.bnb import forbid_repacking, hush_int8_casts
 
 if TYPE_CHECKING:
     import torch
@@ -173,7 +173,7 @@ def _weights(base: Checkpoint, config: "PretrainedConfig", dtype: Any, place: An
     if quantization is not None:
         passed_on = passed_on | {"quantization_config": quantization}
     try:
-        with quiet(), quiet_import():
+        with quiet():
             model, report = AutoModelForCausalLM.from_pretrained(
                 base.folder, config=config, dtype=dtype, device_map=place, use_safetensors=True,
                 trust_remote_code=trust_remote_code, output_loading_info=True, **passed_on)

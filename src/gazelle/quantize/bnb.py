@@ -3,11 +3,9 @@
 Shapes: N outputs, K inputs.
 """
 
-import contextlib
 import copy
 import logging
 import sys
-from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor, nn
@@ -70,17 +68,6 @@ def _plain_layout(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
     packed, state = _convert_weight_packed_for_cpu_inverse(packed, state)
     state.absmax = scales
     return packed, state
-
-
-@contextlib.contextmanager
-def quiet_import() -> Iterator[None]:
-    """Import bitsandbytes, or a package that does, without its advice to install a package that we do without."""
-    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    earlier, log.level = log.level, logging.ERROR
-    try:
-        yield
-    finally:
-        log.setLevel(earlier)
 
 
 def hush_int8_casts() -> None:

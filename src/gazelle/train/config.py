@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
+from transformers.training_args import OptimizerNames
 
 from gazelle.base.device import default_device
 from gazelle.base.errors import OptionError, nearest
@@ -161,6 +163,12 @@ def check_values(config: _SFTArguments) -> None:
            lambda v: isinstance(v, int | float) and v > 0)
     _check("num_train_epochs", config.num_train_epochs, "a number above 0",
            lambda v: isinstance(v, int | float) and (v > 0 or config.max_steps > 0))
+    for name, kinds in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType),
+                        ("eval_strategy", IntervalStrategy), ("save_strategy", SaveStrategy)):
+        value, known = getattr(config, name), [kind.value for kind in kinds]
+        if getattr(value, "value", value) not in known:
+            raise OptionError("a training option has a value that cannot be used", where=name, found=repr(value),
+                              expected="one of " + ", ".join(known), fix=nearest(str(value), known))
     _check("packing_strategy", config.packing_strategy, "'bfd' or 'wrapped'", lambda v: v in ("bfd", "wrapped"))
     _check("train_on", config.train_on, "'responses' or 'all'", lambda v: v in ("responses", "all"))
 

@@ -29,7 +29,7 @@ class ModelSection(_Section):
     """Arguments of `FastLanguageModel.from_pretrained`."""
 
     name: str = Field(description="Hub name, local folder, GGUF file, or an adapter's folder.")
-    max_seq_length: int = Field(2048, ge=8, description="Longest row in tokens.")
+    max_seq_length: int | None = Field(None, ge=8, description="Longest row in tokens. Default: 2048, or the model's.")
     dtype: Literal["auto", "float32", "float16", "bfloat16"] | None = Field(None, description="Default: by device.")
     load_in_4bit: bool | None = Field(None, description="NF4 base weights. Default: true on a GPU, false on a CPU.")
     load_in_8bit: bool = Field(False, description="int8 base weights.")
