@@ -164,7 +164,8 @@ CASES = [
     Case("layer out of range", ("layers_to_transform", "9"), overrides=("lora.layers_to_transform=[9]",)),
     Case("4 and 8 bits", ("8", "4"), overrides=("model.load_in_4bit=true", "model.load_in_8bit=true")),
     Case("unknown optimizer", ("optim", "adamw"), overrides=("train.optim=adamm",)),
-    Case("unknown schedule", ("lr_scheduler_type", "did you mean 'cosine'"), overrides=("train.lr_scheduler_type=cosinus",)),
+    Case("unknown schedule", ("lr_scheduler_type", "did you mean 'cosine'"),
+         overrides=("train.lr_scheduler_type=cosinus",)),
     # the output folder
     Case("read-only output folder", ("/proc/out",), overrides=("output_dir=/proc/out",)),
     Case("output path through a file", ("rows.jsonl",), overrides=("output_dir=rows.jsonl/out",)),
