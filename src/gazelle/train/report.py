@@ -44,12 +44,12 @@ def write_report(args: TrainingArguments, facts: RunFacts, data: DataReport, sam
              ("peak memory", f"{facts.peak_memory / 1e9:.1f} GB"),
              ("parameters trained", f"{facts.trainable / 1e6:,.1f} M ({facts.trainable / facts.parameters:.1%})")]
     if losses:
-        cards.insert(0, ("training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}"))
+        cards.insert(0, ("training loss", f"{losses[0]:.2f} → {losses[-1]:.2f}"))
     if evals:
-        cards.insert(1, ("evaluation loss", f"{evals[-1]:.3f}"))
+        cards.insert(1, ("evaluation loss", f"{evals[-1]:.2f}"))
     page = _environment().get_template("report.html.jinja").render(
         title=f"Fine-tuning {Path(facts.model_name).name or facts.model_name}",
-        subtitle=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z} · {folder.resolve()}",
+        subtitle=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z} · {folder}",
         cards=cards, plots=panel_svgs(metrics), samples=samples,
         warnings=data.warnings, data_lines="\n".join(data.lines(warnings=False)),
         settings=_settings(args, facts), all_settings=_all_settings(args), machine=_machine(),
