@@ -57,7 +57,7 @@ def test_packed_attention_on_the_gpu(
     q, k, v, w = (torch.randn(1, heads, total, 64, generator=generator, dtype=torch.float64) for heads in (8, 2, 2, 8))
     results = []
     for device, kind in (("cpu", torch.float64), ("cuda", dtype)):
-        inputs = [x.to(device, kind).requires_grad_() for x in (q, k, v)]
+        inputs = [x.detach().to(device, kind).requires_grad_() for x in (q, k, v)]
         out = packed_attention(*inputs, cu_seqlens.to(device), 100, 0.125, window, softcap)
         out.backward(w.to(device, kind))
         results.append([x.double().cpu() for x in (out, *(i.grad for i in inputs if i.grad is not None))])

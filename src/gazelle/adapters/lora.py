@@ -73,6 +73,7 @@ def add_lora(model: Any, *, r: int = 16, target_modules: str | Sequence[str] | N
     with _seeded(model, random_state):
         adapted = _build(model, peft.LoraConfig(**(options | kwargs)), peft)
     _prepare(adapted, use_gradient_checkpointing)
+    adapted.use_gradient_checkpointing = use_gradient_checkpointing  # the trainer asks when it is "auto"
     trainable, total = adapted.get_nb_trainable_parameters()
     logger.info("trainable params: %s || all params: %s || trainable%%: %.4f", f"{trainable:,}", f"{total:,}",
                 100 * trainable / total)

@@ -8,7 +8,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
@@ -21,10 +21,12 @@ from gazelle.base.device import memory_in_use, peak_memory
 from gazelle.base.errors import OptionError
 from gazelle.base.files import check_writable
 from gazelle.base.log import say_once
+from gazelle.data.encode import Encoded
 from gazelle.models.packed import packed_attention_on, supports_packing
 from gazelle.train.config import SFTConfig, current_names, from_training_arguments
 from gazelle.train.dataset import Collator, DictRows, make_bins
 from gazelle.train.loss import batch_loss
+from gazelle.train.memory import choose_checkpointing
 from gazelle.train.metrics import MetricsFile
 from gazelle.train.prepare import Prepared, prepare
 from gazelle.train.progress import Progress
@@ -131,6 +133,8 @@ class SFTTrainer(Trainer):
         if config.report and config.report_samples and self.is_world_process_zero():
             self.samples = pick_samples(self.prepared.conversations, config.report_samples)
             answer_samples(self.model, self.processing_class, self.samples, "before", config.report_max_new_tokens)
+        if self.prepared.train is not None and not config.gradient_checkpointing:
+            choose_checkpointing(self.model, *self._largest_batch(self.prepared.train))
         started = self._logged_at = time.perf_counter()
         with self._packed_attention():
             result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -200,6 +204,15 @@ class SFTTrainer(Trainer):
             logs["peak_memory_gb"] = round(peak_memory(device) / 1e9, 3)
             self._tokens_logged, self._logged_at = self._tokens, now
         super().log(logs, start_time)
+
+    def _largest_batch(self, train: Encoded) -> tuple[int, int]:
+        """Tokens and labelled tokens that a micro-batch has at most."""
+        rows = self.args.per_device_train_batch_size
+        longest = sorted((len(row.input_ids) for row in train.examples), reverse=True)[:rows]
+        labelled = sorted((sum(label != -100 for label in row.labels) for row in train.examples), reverse=True)[:rows]
+        if cast(SFTConfig, self.args).packing:
+            return rows * self.prepared.max_length, rows * self.prepared.max_length
+        return sum(longest), sum(labelled)
 
     def _facts(self, seconds: float) -> RunFacts:
         parameters = [(parameter.numel(), parameter.requires_grad) for parameter in self.model.parameters()]

@@ -1,0 +1,53 @@
+"""Whether a batch's activations fit in memory, so that `use_gradient_checkpointing="auto"` has an answer.
+
+A deliberately high estimate, good for one yes or no; a plan that predicts memory by part belongs to the engine.
+"""
+
+from typing import Any
+
+import torch
+
+from gazelle.base.log import logger
+
+# Tensors of hidden (and of intermediate) size that autograd keeps for one decoder layer with LoRA on all linears:
+# inputs of norms and linears, q, k, v, attention output; gate, up, their product and its input.
+HIDDEN_KEPT, INTERMEDIATE_KEPT = 16, 6
+OPTIMIZER_BYTES = 16  # per trainable parameter: gradient and two moments in float32, and slack for a master copy
+
+
+def activation_bytes(config: Any, tokens: int, labelled: int, itemsize: int) -> int:
+    """Bytes that autograd keeps for a batch without checkpointing.
+
+    Args:
+        config: a decoder's config, with `hidden_size`, `intermediate_size`, `num_hidden_layers` and `vocab_size`.
+        tokens: in the batch, padding included.
+        labelled: tokens that reach the head, whose logits are kept in the compute type and twice in float32.
+        itemsize: bytes of the compute type.
+    """
+    layer = HIDDEN_KEPT * config.hidden_size + INTERMEDIATE_KEPT * config.intermediate_size
+    return tokens * config.num_hidden_layers * layer * itemsize + labelled * config.vocab_size * (itemsize + 8)
+
+
+def choose_checkpointing(model: Any, tokens: int, labelled: int) -> bool:
+    """Turn checkpointing on if the activations of a batch would not fit in what the GPU has free; True if it did.
+
+    Nothing is done on a CPU, for a model whose checkpointing was set to True or False, or for a config without the
+    usual sizes.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = base.config.get_text_config()
+    chosen = getattr(model, "use_gradient_checkpointing", "auto")
+    if model.device.type != "cuda" or chosen in (True, False) or base.is_gradient_checkpointing:
+        return False
+    if not all(hasattr(config, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")):
+        return False
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    free = torch.cuda.mem_get_info(model.device)[0] - OPTIMIZER_BYTES * trainable
+    needed = activation_bytes(config, tokens, labelled, model.dtype.itemsize)
+    if needed <= free:
+        return False
+    logger.info("Activations of a batch may need %.1f GB and %.1f GB are free: gradient checkpointing is on.",
+                needed / 1e9, free / 1e9)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    return True
