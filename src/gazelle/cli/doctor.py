@@ -35,14 +35,16 @@ def doctor_command() -> None:
     for name, check in (("packed attention", check_attention), ("NF4 storage", check_nf4)):
         began = time.perf_counter()
         finding = check(device)
-        console.print(f"  {name:<18}{finding}, {(time.perf_counter() - began) * 1e3:.0f} ms", highlight=False)
+        console.print(f"  {name:<18}{finding}, {(time.perf_counter() - began) * 1e3:.0f} ms", highlight=False,
+                      soft_wrap=True)
     console.print(f"  {'baseline memory':<18}{memory_in_use(device) / 1e9:.2f} GB in use by this process on {device}",
-                  highlight=False)
+                  highlight=False, soft_wrap=True)
     console.print("\n[bold]optional parts[/]")
     for module, (distribution, purpose, command) in OPTIONAL.items():
         installed = version(module)
         console.print(f"  {distribution:<18}{installed or 'not installed'} · {purpose}"
-                      + ("" if installed else f"\n{'':<20}{command}"), markup=False, highlight=False)
+                      + ("" if installed else f"\n{'':<20}{command}"), markup=False, highlight=False,
+                      soft_wrap=True)
 
 
 def check_attention(device: str) -> str:
