@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gazelle.adapters.lora import add_lora
-from gazelle.adapters.tokens import resize_token_embeddings
+from gazelle.adapters.tokens import new_token_indices, resize_token_embeddings
 from gazelle.base.errors import OptionError
 
 IDS = torch.tensor([[5, 64, 9, 65, 7]])
@@ -94,5 +94,40 @@ def test_padded_vocabularies_keep_their_size(tiny):
 
 @pytest.mark.parametrize("size", [0, -3, 10, "66"])
 def test_sizes_that_cannot_be(size, tiny):
+    model = tiny()
+    model.tokens_in_use = 50
     with pytest.raises(OptionError, match=r"tokens cannot be taken away|positive whole number"):
-        resize_token_embeddings(tiny(), size)
+        resize_token_embeddings(model, size)
+
+
+def test_a_padded_vocabulary_of_a_plain_model_stays(tiny):
+    model = tiny()
+    embedding = model.get_input_embeddings()
+    assert resize_token_embeddings(model, 50) is embedding
+    assert embedding.weight.shape[0] == 64
+    assert new_token_indices(model) is None
+
+
+@pytest.mark.parametrize(("tied", "saved", "rows"), [
+    (True, ["embed_tokens", "lm_head"], None), (True, ["embed_tokens"], None), (True, ["lm_head"], None),
+    (False, ["embed_tokens", "lm_head"], None), (False, ["embed_tokens"], {"lm_head": [64, 65]}),
+    (False, ["lm_head"], {"embed_tokens": [64, 65]})])
+def test_ends_trained_in_full_need_no_rows(tied, saved, rows, tiny):
+    model = tiny(tie_word_embeddings=tied)
+    resize_token_embeddings(model, 66)
+    model = add_lora(model, r=4, modules_to_save=saved)
+    assert model.peft_config["default"].trainable_token_indices == rows
+    before = model(IDS).logits.detach()
+    train(model)
+    assert not torch.equal(model(IDS).logits, before)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "embed_tokens"], r".*(q_proj|embed_tokens)"])
+def test_new_tokens_and_factors_on_one_module(targets, tiny):
+    model = tiny()
+    add_lora(tiny(), target_modules=targets)
+    resize_token_embeddings(model, 66)
+    with pytest.raises(OptionError, match="cannot have LoRA as well") as caught:
+        add_lora(model, target_modules=targets)
+    assert (caught.value.where, caught.value.found) == ("target_modules", "embed_tokens")
+    assert caught.value.fix

@@ -40,7 +40,7 @@ def load_data(source: Any, tokenizer: Any, *, max_length: int, train_on: str = "
     """The whole way of a data set: read, brought to conversations, encoded."""
     loaded = load_conversations(source, **options)
     return encode(loaded.conversations, tokenizer, max_length=max_length, train_on=train_on, source=loaded.source,
-                  format=loaded.format)
+                  format=loaded.format, unused=loaded.unused)
 
 
 @pytest.fixture(scope="session")

@@ -43,7 +43,7 @@ def test_texts_are_cut_into_pieces_without_losing_a_token(chatml: Any) -> None:
     ids = [*chatml(content)["input_ids"], chatml.eos_token_id]
     encoded = encode([text(content)], chatml, max_length=7)
     assert [token for example in encoded.examples for token in example.input_ids] == ids
-    assert all(example.labels == [-100, *example.input_ids[1:]] for example in encoded.examples)
+    assert all(example.labels.tolist() == [-100, *example.input_ids[1:]] for example in encoded.examples)
     assert (encoded.chunked, encoded.truncated, encoded.lengths) == (1, 0, [len(ids)])
 
 
@@ -80,6 +80,30 @@ def test_at_most_2000_rows_are_compared_with_inference(chatml: Any) -> None:
 def test_rows_that_came_tokenised() -> None:
     encoded = Encoded([Example([1, 2, 3], [-100, 2, 3], "row 1")])
     assert (encoded.rows, encoded.lengths, len(encoded.row_keys)) == (1, [3], 1)
+
+
+def test_ids_are_kept_compactly() -> None:
+    example = Example([1, 2, 70_000], [-100, 2, 70_000], "row 1")
+    assert memoryview(example.input_ids).nbytes == memoryview(example.labels).nbytes == 12
+    assert (example.input_ids.tolist(), example.labels.count(-100)) == ([1, 2, 70_000], 1)
+
+
+def test_rows_that_hold_nothing_to_learn(make_tokenizer: Any) -> None:
+    """A text of one token; and an answer that is one token with the end of its prompt, with nothing to close it."""
+    tokenizer = make_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}", (), None, "</s>")
+    encoded = encode([text("</s>"), chat("t", "he"), text("fox", "row 3")], tokenizer, max_length=50)
+    assert [example.where for example in encoded.examples] == ["row 3"]
+    assert (encoded.rows, encoded.unlabelled, encoded.dropped, encoded.boundary_merges) == (3, 2, 0, 1)
+    with pytest.raises(DataError, match="no row has a labelled token") as caught:
+        encode([text("</s>")], tokenizer, max_length=50)
+    assert "max_length" not in caught.value.fix
+    pieces = encode([text("fox")], tokenizer, max_length=2)  # "fo", "x" and EOS
+    assert [len(example.input_ids) for example in pieces.examples] == [2]
+
+
+def test_rows_with_other_tools_are_no_duplicates(tokenizers: Any) -> None:
+    rows = [Conversation(chat("a", "b").turns, "row", ({"name": name},)) for name in ("add", "sub", "add")]
+    assert len(set(encode(rows, tokenizers["qwen"], max_length=1000).row_keys)) == 2
 
 
 def test_prompt_text_stops_before_the_last_answer() -> None:

@@ -11,9 +11,10 @@ import pyarrow.parquet
 import pytest
 from tests.data.conftest import load_data
 
-from gazelle.base.errors import DataError
+from gazelle.base.errors import DataError, OptionError
 from gazelle.data.encode import encode
 from gazelle.data.formats import detect_format, to_conversations
+from gazelle.data.load import load_conversations
 from gazelle.data.read import Rows
 
 SYSTEM, ASK, ANSWER = "Be brief.", 'Zażółć "gęślą", jaźń;\nwhat is\u2028that?', "A pangram,\n\nin Polish: 7 words. 🦌"
@@ -80,7 +81,7 @@ def test_same_ids_whatever_the_source(name: str, source: str, chatml: Any, tmp_p
     expected = chatml(chatml.apply_chat_template(turns, tokenize=False), add_special_tokens=False)["input_ids"]
     encoded = load_data(SOURCES[source]([ROWS[name]] * 2, tmp_path), chatml, max_length=500)
     assert encoded.format == name
-    assert [example.input_ids for example in encoded.examples] == [expected, expected]
+    assert [example.input_ids.tolist() for example in encoded.examples] == [expected, expected]
     assert [label for label in encoded.examples[0].labels if label >= 0] == chatml(ANSWER + "<|im_end|>")["input_ids"]
 
 
@@ -88,7 +89,7 @@ def test_same_ids_whatever_the_source(name: str, source: str, chatml: Any, tmp_p
 def test_texts_from_every_source(source: str, chatml: Any, tmp_path: Path) -> None:
     encoded = load_data(SOURCES[source]([{"text": ASK}, {"text": ANSWER}], tmp_path), chatml, max_length=500)
     expected = [[*chatml(text)["input_ids"], chatml.eos_token_id] for text in (ASK, ANSWER)]
-    assert [example.input_ids for example in encoded.examples] == expected
+    assert [example.input_ids.tolist() for example in encoded.examples] == expected
 
 
 def test_a_text_file_is_one_row(chatml: Any, tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ def test_columns_name_the_users_columns() -> None:
     expected = [("user", "Wo?"), ("assistant", "Hier.")]
     assert roles(row, columns={"instruction": "frage", "output": "antwort"}) == expected
     assert roles(row, columns={"question": "frage", "answer": "antwort"}) == expected
-    (conversation,) = to_conversations([(row, "row 1")], text_column="antwort")
+    (conversation,) = to_conversations([(row, "row 1")], columns={"text": "antwort"})
     assert conversation.text == "Hier."
 
 
@@ -184,6 +185,72 @@ def test_formatting_func_must_return_texts() -> None:
     for function in (lambda row: 7, lambda row: ["a", "b", "c"], lambda row: ""):
         with pytest.raises(DataError, match="formatting_func"):
             to_conversations([({"q": "a"}, "row 1")], formatting_func=function)
+
+
+@pytest.mark.parametrize("function", [lambda row: f"Q: {row['q'].strip()}",
+                                      lambda rows: ["Q: " + q.strip() for q in rows["q"]]], ids=["rows", "batches"])
+def test_formatting_func_that_fails_names_the_row(function: Any) -> None:
+    rows: list[Any] = [({"q": "a"}, f"row {number}") for number in range(1, 5)]
+    rows[2][0]["q"] = None
+    with pytest.raises(DataError, match="formatting_func fails") as caught:
+        to_conversations(rows, formatting_func=function)
+    assert caught.value.where == "row 3"
+    assert "AttributeError" in caught.value.found
+    assert isinstance(caught.value.__cause__, AttributeError)
+
+
+CALLS = [{"messages": [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": "", "tool_calls": [
+    {"type": "function", "function": {"name": name, "arguments": arguments}}]}], "tools": [
+        {"type": "function", "function": {"name": name, "parameters": {
+            "type": "object", "properties": {key: {"type": "string"} for key in arguments}}}}]}
+         for name, arguments in (("town", {"city": "Oslo"}), ("point", {"lat": 1.5, "near": {"km": "2"}}))]
+
+
+@pytest.mark.parametrize("source", ["Dataset", "parquet"])
+def test_fields_that_arrow_fills_in_are_left_out(source: str, tokenizers: dict[str, Any], tmp_path: Path) -> None:
+    expected, filled = (load_data(rows, tokenizers["qwen"], max_length=2000)
+                        for rows in (CALLS, SOURCES[source](CALLS, tmp_path)))
+    assert filled.examples[0].input_ids == expected.examples[0].input_ids
+    assert filled.examples[1].input_ids == expected.examples[1].input_ids
+    explicit = [{**CALLS[0], "tools": [{"default": None}]}]  # a list means what it says
+    assert to_conversations([(explicit[0], "row 1")])[0].tools == ({"default": None},)
+
+
+def test_tables_that_pandas_read_from_parquet(tokenizers: dict[str, Any], tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    records = pandas.read_parquet(as_parquet(CALLS, tmp_path)).to_dict("records")
+    assert not isinstance(records[0]["messages"], list)
+    expected, read = (load_data(rows, tokenizers["qwen"], max_length=2000) for rows in (CALLS, records))
+    assert [row.input_ids for row in read.examples] == [row.input_ids for row in expected.examples]
+
+
+@pytest.mark.parametrize("text", ['[{"name":"Bob"}]', '[{"from": "Oslo", "to": "Rome"}]', '[{"a"', "[1]", "[ok]",
+                                  '[{"a":' * 100_000])
+def test_json_arrays_that_are_ordinary_texts(text: str) -> None:
+    assert roles({"prompt": text, "completion": text}) == [("user", text), ("assistant", text)]
+
+
+def test_context_and_system_prompt_columns() -> None:
+    row = {"question": "Who?", "context": "Bob was here.", "answer": "Bob", "system_prompt": "Be brief."}
+    assert roles(row) == [("system", "Be brief."), ("user", "Who?\n\nBob was here."), ("assistant", "Bob")]
+    assert roles({**row, "context": None, "system_prompt": ""}) == [("user", "Who?"), ("assistant", "Bob")]
+
+
+def test_columns_not_used() -> None:
+    rows = [{"id": 1, "question": "a", "answer": "b", "system": "c"},
+            {"id": 2, "question": "a", "answer": "b", "system": "c", "system_prompt": "d", "fact": "e"}]
+    assert load_conversations(rows).unused == ("id", "system_prompt", "fact")
+    assert load_conversations([{"text": "a", "system": "b"}]).unused == ("system",)
+    assert load_conversations([{"a": "x"}], columns={"text": "a"}).unused == ()
+    assert load_conversations(rows, formatting_func=lambda row: "x").unused == ()
+
+
+def test_a_system_prompt_for_texts_is_refused() -> None:
+    for options in ({}, {"formatting_func": lambda row: "x"}):
+        with pytest.raises(OptionError, match="no system prompt") as caught:
+            load_conversations([{"text": "a"}], system="Be brief.", **options)
+        assert caught.value.where == "system"
+        assert caught.value.fix
 
 
 def test_conversations_and_texts_in_one_list(chatml: Any) -> None:

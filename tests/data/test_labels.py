@@ -8,6 +8,7 @@ import pytest
 from gazelle.base.errors import DataError
 from gazelle.data.conversation import Conversation, Turn
 from gazelle.data.encode import Encoded, Example, encode
+from gazelle.data.spans import _shared
 from gazelle.data.templates import TEMPLATES
 
 # One letter a role: what a row looks like in these tests.
@@ -51,7 +52,7 @@ def test_ids_and_labels_of_one_row_number_by_number(smollm: Any) -> None:
     assert tokens == ["<|im_start|>", "system", "Ċ", "Be", "Ġbrief", ".", "<|im_end|>", "Ċ",
                       "<|im_start|>", "user", "Ċ", "Hi", "<|im_end|>", "Ċ",
                       "<|im_start|>", "ass", "istant", "Ċ", "Hello", "Ġthere", "<|im_end|>", "Ċ"]
-    assert example.labels == [-100] * 18 + example.input_ids[18:21] + [-100]
+    assert example.labels.tolist() == [-100] * 18 + example.input_ids[18:21].tolist() + [-100]
     assert example.where == "data.jsonl, line 7"
 
 
@@ -175,6 +176,40 @@ def test_answers_that_nothing_closes(make_tokenizer: Any) -> None:
     text, encoded = encode_one(chat("u:One", "a:1", "u:Two", "a:2"), tokenizer)
     assert text == "user\nOne\n\nassistant\n[1]\n\nuser\nTwo\n\nassistant\n[2]\n\n"
     assert encoded.unclosed == 2
+
+
+EOM = ("{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}{% for call in m.tool_calls or [] %}"
+       "{{ call.function.name }}{% endfor %}{{ '<|eom|>' if m.tool_calls else '<|im_end|>' }}{{ '\n' }}{% endfor %}"
+       + OPEN)
+
+
+def test_tool_calls_with_an_end_of_their_own(make_tokenizer: Any) -> None:
+    """The content holds what ends other turns; the span must not stop there."""
+    tokenizer = make_tokenizer(EOM, (*TEMPLATES["chatml"], "<|eom|>"), None, "<|im_end|>")
+    call = Turn("assistant", "No <|im_end|>!", {"tool_calls": [
+        {"type": "function", "function": {"name": "add", "arguments": {}}}]})
+    text, encoded = encode_one(chat("u:One", call, "t:2", "a:2"), tokenizer)
+    assert "<|im_start|>assistant\n[No <|im_end|>!add<|eom|>]\n" in text
+    assert text.endswith("[2<|im_end|>]\n")
+    assert encoded.unclosed == 0
+
+
+def test_answers_that_the_template_shortens_are_counted(make_tokenizer: Any) -> None:
+    tokenizer = make_tokenizer(THINKING, TEMPLATES["chatml"], None, "<|im_end|>")
+    rows = [chat("u:One", "a:<think>\nhm\n</think>\n\n1", "u:Two", "a:2"), chat("u:One", "a: 1\n", "u:Two", "a:2"),
+            chat("u:One", "a:<think>\nhm\n</think>\n\n1")]
+    assert encode(rows, tokenizer, max_length=1000).incomplete == 1
+
+
+def test_what_two_texts_share_at_the_start() -> None:
+    for left, right, expected in (("", "a", 0), ("a", "b", 0), ("abc", "abd", 2), ("ab", "abc", 2), ("abc", "abc", 3)):
+        assert _shared(left, right) == _shared(right, left) == expected
+
+    class Sliced(str):  # long rows are not gone through character by character
+        def __iter__(self) -> Any:
+            raise AssertionError
+
+    assert _shared(Sliced("x" * 999 + "a"), Sliced("x" * 999 + "b")) == 999
 
 
 def test_templates_without_a_clear_answer_are_refused(make_tokenizer: Any) -> None:

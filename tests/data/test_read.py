@@ -88,6 +88,16 @@ def test_streams_and_unreachable_names_are_refused() -> None:
     assert "path" in caught.value.fix
 
 
+def test_hub_data_sets_that_are_scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_args: object, **_kwargs: object) -> None:
+        raise RuntimeError("Dataset scripts are no longer supported, but found data.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(DataError, match="hub") as caught:
+        read_rows("owner/name")
+    assert "scripts" in caught.value.found
+
+
 def test_rows_are_a_sequence_that_splits() -> None:
     rows = read_rows([{"text": str(number)} for number in range(10)])
     assert read_rows(rows) is rows

@@ -50,9 +50,21 @@ def test_report_in_every_shape(chatml: Any) -> None:
 
 
 def test_warnings_name_the_first_case() -> None:
-    encoded = Encoded([Example([1, 2], [-100, 2], "row 1")], 40, boundary_merges=3, unclosed=2, checked=5, mismatched=4,
-                      mismatch=Mismatch("row 9", ["a"], ["b"]))
+    encoded = Encoded([Example([1, 2], [-100, 2], "row 1")], 40, boundary_merges=3, unclosed=2, unlabelled=6,
+                      incomplete=7, checked=5, mismatched=4, mismatch=Mismatch("row 9", ["a"], ["b"]))
     warnings = data_report(encoded).warnings
     assert any("4 of 5" in warning and "row 9" in warning and "chat_template=" in warning for warning in warnings)
     assert any(warning.startswith("3 tokens") for warning in warnings)
+    assert any(warning.startswith("6 of 1 rows") and "no token to learn" in warning for warning in warnings)
+    assert any(warning.startswith("7 of 1 rows") and "chat_template=" in warning for warning in warnings)
     assert any(warning.startswith("2 answers") for warning in warnings)
+
+
+def test_columns_not_used_are_listed(chatml: Any) -> None:
+    source = [{"id": 1, "question": "A", "answer": "b", "fact": "c"}]
+    report = data_report(load_data(source, chatml, max_length=40))
+    assert any(line.split("  ")[0] == "columns not used" and line.endswith("id, fact") for line in report.lines())
+    assert report.to_dict()["train"]["unused"] == ["id", "fact"]
+    assert report.warnings == []
+    plain = data_report(load_data(rows(("A", "b")), chatml, max_length=40))
+    assert not any("not used" in line for line in plain.lines())

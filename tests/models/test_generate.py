@@ -77,3 +77,23 @@ def test_messages_need_a_template(loaded):
     tokenizer.chat_template = None
     with pytest.raises(OptionError, match="no chat template"):
         generate_texts(model, tokenizer, QUESTIONS, max_new_tokens=1)
+
+
+def test_a_tokenizer_without_padding(loaded):
+    model, tokenizer = loaded
+    want = generate_texts(model, tokenizer, QUESTIONS, max_new_tokens=4)
+    tokenizer.pad_token = model.generation_config.pad_token_id = model.config.pad_token_id = None
+    assert generate_texts(model, tokenizer, QUESTIONS, max_new_tokens=4) == want
+
+
+def test_a_rendered_prompt_begins_once(loaded):
+    from tokenizers.processors import TemplateProcessing
+
+    from gazelle.models.generate import _encode
+
+    tokenizer = loaded[1]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)])
+    plain = _encode(tokenizer, "hello")
+    assert plain[0] == tokenizer.bos_token_id
+    assert _encode(tokenizer, tokenizer.bos_token + "hello") == plain

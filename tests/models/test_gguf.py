@@ -24,7 +24,7 @@ FAMILIES = {
 TEXT = "hello there, 1234 <|im_end|> naïve 🙂\n\n  tell"
 
 
-def write(path, model, *, quantize=None, tokens=300, pre="gpt-2", **fields):
+def write(path, model, *, quantize=None, tokens=300, pre="gpt-2", scaling=None, **fields):
     """What llama.cpp's convert_hf_to_gguf.py does to these families."""
     name, permuted, plus_one = FAMILIES[model.config.model_type]
     config = model.config
@@ -43,6 +43,8 @@ def write(path, model, *, quantize=None, tokens=300, pre="gpt-2", **fields):
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     if getattr(config, "sliding_window", None):
         writer.add_sliding_window(config.sliding_window)
+    if scaling:
+        writer.add_string(f"{name}.rope.scaling.type", scaling)
     if name == "gemma2":
         writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
@@ -289,3 +291,20 @@ def test_demo_model_equals_the_file(demo_gguf):
         np.testing.assert_array_equal(got.get_tensor("model.embed_tokens.weight"), file.read("token_embd.weight"))
         np.testing.assert_array_equal(got.get_tensor("model.layers.3.self_attn.k_proj.weight"),
                                       unpermute(file.read("blk.3.attn_k.weight"), 3))
+
+
+def test_one_part_of_several_is_named_first(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m-00002-of-00003.gguf", "other-family")
+    writer.add_uint16("split.count", 3)
+    finish(writer)
+    with pytest.raises(ModelError, match="one part of several") as caught:
+        convert_gguf(tmp_path / "m-00002-of-00003.gguf")
+    assert caught.value.found == "split.count 3"
+    assert "--merge" in caught.value.fix
+
+
+@pytest.mark.parametrize(("family", "scaling"), [("qwen2", "dynamic"), ("gemma3_text", "yarn"), ("llama", "longrope")])
+def test_unknown_rope_scaling_is_refused(family, scaling, tiny, tmp_path):
+    with pytest.raises(ModelError, match="in an unknown way") as caught:
+        convert_gguf(write(tmp_path / "model.gguf", tiny(family), scaling=scaling))
+    assert scaling in caught.value.found

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from peft import PeftModel
 from gazelle.adapters.lora import add_lora
 from gazelle.adapters.tokens import resize_token_embeddings
 from gazelle.base.errors import OptionError
+from gazelle.models.checkpoint import _NOT_WANTED, _WANTED, check_finite, find_checkpoint
 from gazelle.models.context import fit_context
 from gazelle.models.load import load_model
 from gazelle.models.save import save_merged
@@ -164,3 +166,43 @@ def test_adapter_folder_loads_its_base(checkpoint, tmp_path):
         torch.testing.assert_close(again.eval()(ids).logits, want)
     frozen, _ = load_model(str(tmp_path / "adapter"), load_in_4bit=False, is_trainable=False)
     assert not any(weight.requires_grad for weight in frozen.parameters())
+
+
+def test_limits_of_a_composite_model_are_those_of_its_text(tiny):
+    from transformers import LlavaConfig
+
+    config = LlavaConfig(text_config=tiny().config.to_dict())
+    assert fit_context(config, None) == 128
+    assert fit_context(config, 256) == 256
+    assert config.text_config.rope_parameters["factor"] == 2
+    assert config.text_config.max_position_embeddings == 256
+
+
+def test_weights_that_are_elsewhere_are_not_looked_at():
+    check_finite([("kept on disk", torch.empty(3, device="meta"))], "a model")
+
+
+def test_an_adapter_beside_its_bases_config_is_an_adapter(checkpoint, tmp_path):
+    model, tokenizer = load_model(str(checkpoint), load_in_4bit=False)
+    save_merged(add_lora(model), tokenizer, tmp_path / "adapter", save_method="lora")
+    shutil.copy(checkpoint / "config.json", tmp_path / "adapter")
+    assert isinstance(load_model(str(tmp_path / "adapter"))[0], PeftModel)
+    assert find_checkpoint(str(tmp_path / "adapter"), weights=False).adapter
+    shutil.copy(checkpoint / "model.safetensors", tmp_path / "adapter")
+    assert find_checkpoint(str(tmp_path / "adapter")).adapter is None
+
+
+def test_an_index_left_from_earlier_is_not_read(checkpoint):
+    index = {"weight_map": {"x": "model-00001-of-00002.safetensors"}}
+    (checkpoint / "model.safetensors.index.json").write_text(json.dumps(index))
+    load_model(str(checkpoint), load_in_4bit=False)
+
+
+def test_what_is_downloaded():
+    from huggingface_hub.utils import filter_repo_objects
+
+    wanted = ["model.safetensors", "config.json", "additional_chat_templates/tool_use.jinja", "qwen.tiktoken",
+              "vocab.bpe", "source.spm", "tokenizer.model", "gazelle.json"]
+    others = ["checkpoint-500/model.safetensors", "checkpoint-500/config.json", "fp16/model.safetensors",
+              "original/params.json", "consolidated.safetensors", "pytorch_model.bin"]
+    assert list(filter_repo_objects(wanted + others, allow_patterns=_WANTED, ignore_patterns=_NOT_WANTED)) == wanted

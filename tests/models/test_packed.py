@@ -59,10 +59,61 @@ def test_works_under_an_adapter_and_restores_it(tiny):
 def test_restores_after_an_error(tiny):
     model = tiny()
     before = model.config._attn_implementation
-    with pytest.raises(RuntimeError, match="has no cu_seq_lens_q"), packed_attention_on(model):
-        model(input_ids=batch()["input_ids"])
+    with pytest.raises(ZeroDivisionError), packed_attention_on(model):
+        raise ZeroDivisionError
     assert model.config._attn_implementation == before
     assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_calls_that_are_not_packed_run_as_before(family, tiny):
+    model = tiny(family, initializer_range=0.1)
+    ids, packed = batch([9, 9])["input_ids"].view(2, 9), batch()
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+
+    def answer():
+        return model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+
+    want, want_logits = answer(), model(input_ids=ids, attention_mask=mask).logits
+    with packed_attention_on(model):
+        together = model(**packed).logits
+        assert torch.equal(answer(), want)
+        assert torch.equal(model(input_ids=ids, attention_mask=mask).logits, want_logits)
+        assert torch.equal(model(**packed).logits, together)
+        with pytest.raises(AttributeError):
+            model(input_ids=ids, past_key_values=3)
+        assert torch.equal(model(**packed).logits, together)
+
+
+def test_checkpointed_layers_run_packed_again_in_the_backward_pass(tiny):
+    model = tiny().train()
+    packed = batch()
+    with packed_attention_on(model):
+        want = step(model, model(**packed).logits, torch.ones(1, 24, 320))
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        got = step(model, model(**packed, use_cache=False).logits, torch.ones(1, 24, 320))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize(("family", "options", "reason"), [
+    ("phimoe", {"sliding_window": 5, "num_local_experts": 4}, "not told of its sliding window"),
+    ("phimoe", {"num_local_experts": 4}, None),
+    ("qwen2_moe", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_experts": 4},
+     "not told of its sliding window"),
+    ("qwen2", {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}, None),
+    ("nemotron", {}, "where rows begin"), ("doge", {}, "mask of its own")])
+def test_what_the_config_does_not_tell_is_tried(family, options, reason, tiny):
+    model = tiny(family, **options).train()
+    model.get_input_embeddings().eval()
+    before, state = model.config._attn_implementation, torch.random.get_rng_state()
+    said = supports_packing(model)
+    assert said == reason or reason in said
+    assert model.config._attn_implementation == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert model.training
+    assert not model.get_input_embeddings().training
 
 
 def test_several_sequences_are_refused(tiny):

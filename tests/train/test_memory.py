@@ -8,7 +8,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gazelle.train.memory import activation_bytes, choose_checkpointing
+from gazelle import SFTConfig
+from gazelle.data.encode import Encoded, Example
+from gazelle.train.memory import activation_bytes, choose_checkpointing, largest_batch
 
 
 def saved_bytes(model: Any, tokens: int) -> int:
@@ -68,5 +70,16 @@ def test_on_only_where_it_does_not_fit(
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free_gb * 10**9, 140 * 10**9))
     model: Any = Model()
     model.use_gradient_checkpointing = choice
-    assert choose_checkpointing(model, tokens=8192, labelled=2000) is on
+    rows = Encoded([Example([1] * 2048, [-100] * 1548 + [1] * 500, "row 1")] * 4)
+    settings = SFTConfig(per_device_train_batch_size=4)
+    assert choose_checkpointing(model, rows, settings, packed=True) is on
     assert model.calls == (["checkpointing", "inputs"] if on else [])
+
+
+def test_the_largest_batch_counts_padding_and_bins() -> None:
+    rows = Encoded([Example([1] * n, [-100] * (n - 2) + [1] * 2, "row") for n in (9, 5, 30, 7)])
+    settings = SFTConfig(per_device_train_batch_size=2, max_length=64)
+    assert largest_batch(rows, settings, packed=True) == (39, 4)
+    assert largest_batch(rows, settings, packed=False) == (60, 60)
+    settings.packing = True
+    assert largest_batch(rows, settings, packed=True) == (128, 128)

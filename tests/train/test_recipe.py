@@ -52,8 +52,28 @@ def test_data_is_found_beside_the_recipe(tmp_path: Path) -> None:
     assert load_recipe(write(tmp_path, SMALL)).data.train == str(tmp_path / "rows.jsonl")
 
 
-def test_lora_null_means_no_adapter(tmp_path: Path) -> None:
-    assert load_recipe(write(tmp_path, SMALL | {"lora": None})).lora is None
+def test_lora_null_means_full_fine_tuning(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, SMALL | {"lora": None}))
+    assert recipe.lora is None
+    assert recipe.model.full_finetuning
+
+
+def test_rows_held_out_are_looked_at(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, SMALL), ["data.eval_fraction=0.1"])
+    assert recipe.sft_config().eval_strategy == "epoch"
+    recipe = load_recipe(write(tmp_path, SMALL), ["data.eval_fraction=0.1", "train.eval_strategy=no"])
+    assert recipe.sft_config().eval_strategy == "no"  # YAML reads an unquoted no as False
+
+
+def test_tokens_are_not_written_down(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, SMALL), ["train.hub_token=hf_secret"])
+    assert recipe.sft_config().hub_token == "hf_secret"
+    assert "hf_secret" not in recipe.as_yaml()
+
+
+def test_a_home_folder_is_one_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_recipe(write(tmp_path, SMALL), ["output_dir=~/x"]).output_dir == str(tmp_path / "x")
 
 
 @pytest.mark.parametrize(
@@ -72,6 +92,9 @@ def test_lora_null_means_no_adapter(tmp_path: Path) -> None:
         (SMALL | {"train": {"learning_rate": "fast"}}, [], "train.learning_rate", "float"),
         (SMALL | {"train": {"num_train_epochs": [1]}}, [], "train.num_train_epochs", "float"),
         (SMALL | {"train": {"output_dir": "x"}}, [], "train.output_dir", "top level"),
+        (SMALL | {"train": {"dataset_format": "text"}}, [], "train.data_format", "under data:"),
+        (SMALL | {"train": {"max_length": 5, "max_seq_length": 6}}, [], "train", "one of them"),
+        (SMALL | {"model": {"name": "m", "load_in_4bit": True}, "lora": None}, [], "lora", "without an adapter"),
         (SMALL | {"model": {"name": "m", "full_finetuning": True}, "lora": {"r": 4}}, [], "lora", "exclude each other"),
         (SMALL, ["train.seed"], "command line", "key=value"),
         (SMALL, ["model.name.x=1"], "command line", "not a section"),

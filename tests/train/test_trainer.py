@@ -1,5 +1,8 @@
 """What a run leaves behind, what it accepts, and what it refuses."""
 
+import copy
+import dataclasses
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +11,24 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
 from tests.train.conftest import ROWS
-from transformers import DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainingArguments
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from gazelle import SFTConfig, SFTTrainer
 from gazelle.base.errors import DataError, OptionError, OutputError
+from gazelle.data.encode import Encoded, Example
+from gazelle.data.report import data_report
+from gazelle.train.progress import Progress
 
 QUIET: dict[str, Any] = {"max_steps": 2, "report": False, "disable_tqdm": True, "save_strategy": "no",
                          "logging_steps": 1, "max_length": 128, "per_device_train_batch_size": 2}
@@ -185,3 +200,130 @@ def test_refusals_come_before_anything_is_written(
         trainer.train(resume_from_checkpoint=True)
     with pytest.raises(OptionError, match="not a checkpoint"):
         trainer.train(resume_from_checkpoint=str(tmp_path))
+
+
+def test_peft_config_is_taken_as_it_is(tiny: Make, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Also where its values are PEFT's defaults, which are not ours."""
+    trainer = SFTTrainer(tiny(adapter=False), SFTConfig(output_dir=str(tmp_path), **QUIET), ROWS,
+                         processing_class=demo_tokenizer, peft_config=LoraConfig(r=8, lora_alpha=8))
+    config = trainer.model.peft_config["default"]
+    assert (config.r, config.lora_alpha, set(config.target_modules)) == (8, 8, {"q_proj", "v_proj"})
+    with pytest.raises(OptionError, match="adapter configuration"):
+        SFTTrainer(tiny(adapter=False), SFTConfig(output_dir=str(tmp_path), **QUIET), ROWS,
+                   processing_class=demo_tokenizer, peft_config={"r": 8})
+
+
+def test_padding_in_tokenised_rows_is_not_learnt(
+    tiny: Make, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = [{"input_ids": [1, 5, 6, 0, 0], "attention_mask": [1, 1, 1, 0, 0]}]
+    trainer = SFTTrainer(tiny(), SFTConfig(output_dir=str(tmp_path), **QUIET), rows, processing_class=demo_tokenizer)
+    assert trainer.train_dataset[0]["input_ids"] == [1, 5, 6]
+    assert trainer.train_dataset[0]["labels"] == [-100, 5, 6]
+    for bad in ([{"input_ids": []}], Dataset.from_dict({"input_ids": []})):
+        with pytest.raises(DataError, match=r"no tokens|no rows"):
+            SFTTrainer(tiny(), SFTConfig(output_dir=str(tmp_path), **QUIET), bad, processing_class=demo_tokenizer)
+
+
+def test_without_a_pad_token_padded_rows_are_still_apart(
+    tiny: Make, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = SFTConfig(output_dir=str(tmp_path), **QUIET | {"per_device_train_batch_size": 8, "max_steps": 1})
+    packed = SFTTrainer(tiny(), args, ROWS, processing_class=demo_tokenizer).evaluate(ROWS)
+    monkeypatch.setattr("gazelle.train.trainer.supports_packing", lambda model: "the test says so")
+    tokenizer = copy.deepcopy(demo_tokenizer)
+    tokenizer.pad_token = None
+    padded = SFTTrainer(tiny(), args, ROWS, processing_class=tokenizer).evaluate(ROWS)
+    assert padded["eval_loss"] == pytest.approx(packed["eval_loss"], rel=1e-5)
+
+
+def test_what_scripts_pass_along(tiny: Make, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """compute_metrics, a language-modelling collator, warmup_ratio, new rows for evaluate."""
+    seen = []
+
+    def compute_metrics(prediction: Any) -> dict[str, float]:
+        seen.append(prediction.predictions.shape)
+        return {"share": 0.5}
+
+    args = SFTConfig(output_dir=str(tmp_path), **QUIET, warmup_ratio=0.1, warmup_steps=0, logging_dir="logs")
+    assert args.warmup_steps == 0.1
+    trainer = SFTTrainer(tiny(), args, ROWS, ROWS[:2], demo_tokenizer, compute_metrics=compute_metrics,
+                         data_collator=DataCollatorForLanguageModeling(demo_tokenizer, mlm=False),
+                         preprocess_logits_for_metrics=lambda logits, labels: logits.argmax(-1))
+    trainer.train()
+    assert trainer.evaluate()["eval_share"] == 0.5
+    assert len(seen[0]) == 2
+    plain = SFTTrainer(tiny(), SFTConfig(output_dir=str(tmp_path), **QUIET), ROWS, ROWS[:2], demo_tokenizer)
+    assert plain.evaluate(ROWS[:2])["eval_loss"] == pytest.approx(plain.evaluate()["eval_loss"])
+    several = SFTTrainer(tiny(), SFTConfig(output_dir=str(tmp_path), **QUIET), ROWS, {"a": ROWS[:2], "b": ROWS[2:]},
+                         demo_tokenizer)
+    assert {"eval_a_loss", "eval_b_loss"} <= several.evaluate().keys()
+
+
+def test_options_given_directly_are_checked_and_stay_here(
+    tiny: Make, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    args = SFTConfig(output_dir=str(tmp_path), report=False)
+    with pytest.raises(OptionError, match="learning_rate"):
+        SFTTrainer(tiny(), args, ROWS, processing_class=demo_tokenizer, learning_rate=-3)
+    trainer = SFTTrainer(tiny(), args, ROWS, processing_class=demo_tokenizer, packing=True)
+    assert (trainer.args.packing, trainer.args.max_length) == (True, 512)
+    assert (args.packing, args.max_length) == (False, None)
+
+
+def test_an_error_in_training_leaves_the_model_usable(
+    tiny: Make, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    class Fails(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            raise KeyError("a user's own mistake")
+
+    model = tiny()
+    before = (model.config._attn_implementation, model.config.use_cache)
+    trainer = SFTTrainer(model, SFTConfig(output_dir=str(tmp_path), **QUIET | {"disable_tqdm": False}), ROWS,
+                         processing_class=demo_tokenizer, callbacks=[Fails()])
+    assert model.config.use_cache == before[1]
+    with pytest.raises(KeyError):
+        trainer.train()
+    assert (model.config._attn_implementation, model.config.use_cache) == before
+    assert trainer._progress.bar is None
+
+
+def test_a_line_cut_short_does_not_stop_a_resume(
+    tiny: Make, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    args = SFTConfig(output_dir=str(tmp_path), **QUIET | {"save_strategy": "steps", "save_steps": 1})
+    SFTTrainer(tiny(), args, ROWS, None, demo_tokenizer).train()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    args.max_steps = 3
+    SFTTrainer(tiny(), args, ROWS, None, demo_tokenizer).train(resume_from_checkpoint=True)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps[-1] == 3
+    other = get_peft_model(tiny(adapter=False), LoraConfig(r=3, target_modules="all-linear"))
+    with pytest.raises(OptionError, match="another adapter"):
+        SFTTrainer(other, args, ROWS, None, demo_tokenizer).train(resume_from_checkpoint=True)
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{")
+    with pytest.raises(OptionError, match="not a checkpoint"):
+        SFTTrainer(tiny(), args, ROWS, None, demo_tokenizer).train(resume_from_checkpoint=True)
+
+
+def test_generation_stops_where_the_template_ends_a_turn(
+    tiny: Make, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer = copy.deepcopy(demo_tokenizer)
+    tokenizer.eos_token = "<|endoftext|>"
+    model = tiny()
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    SFTTrainer(model, SFTConfig(output_dir=str(tmp_path), **QUIET), ROWS, processing_class=tokenizer)
+    assert model.generation_config.eos_token_id == [0, 2]
+
+
+def test_warnings_are_not_taken_for_markup(tmp_path: Path) -> None:
+    screen = io.StringIO()
+    report = data_report(Encoded([Example([1, 2], [-100, 2], "row 1")]))
+    report = dataclasses.replace(report, warnings=["tokens ['[/INST]']"])
+    progress = Progress(report, Console(file=screen, force_terminal=True, width=100))
+    progress.on_train_begin(SFTConfig(), TrainerState(max_steps=1), TrainerControl())
+    progress.stop()
+    assert "[/INST]" in screen.getvalue()

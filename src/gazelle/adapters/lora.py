@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gazelle.adapters.targets import resolve_targets
-from gazelle.adapters.tokens import new_token_indices
+from gazelle.adapters.tokens import embedding_names, new_token_indices
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import logger
 from gazelle.quantize.bnb import is_quantized_linear
@@ -62,10 +63,12 @@ def add_lora(model: Any, *, r: int = 16, target_modules: str | Sequence[str] | N
     layers = _layers(model, layers_to_transform)
     targets = resolve_targets(model, target_modules)
     saved = _modules_to_save(model, modules_to_save)
+    new_tokens = new_token_indices(model, saved or ())
+    _check_embedding(model, targets, new_tokens)
     options: dict[str, Any] = {
         "task_type": "CAUSAL_LM", "r": r, "target_modules": targets, "lora_alpha": lora_alpha,
         "lora_dropout": lora_dropout, "bias": bias, "use_rslora": use_rslora, "use_dora": use_dora,
-        "layers_to_transform": layers, "modules_to_save": saved, "trainable_token_indices": new_token_indices(model),
+        "layers_to_transform": layers, "modules_to_save": saved, "trainable_token_indices": new_tokens,
         "ensure_weight_tying": _trains_both_ends(model, saved),
     }
     if loftq_config:
@@ -123,6 +126,21 @@ def _modules_to_save(model: torch.nn.Module, wanted: Sequence[str] | None) -> li
                               expected="names of modules, such as embed_tokens",
                               fix=nearest(name, {part for part in last if not part.isdecimal()}))
     return wanted
+
+
+def _check_embedding(model: Any, targets: str | list[str], new_tokens: Any) -> None:
+    """New rows are trained by themselves; PEFT cannot put factors on the same module."""
+    if not new_tokens:
+        return
+    rows = new_tokens if isinstance(new_tokens, dict) else {embedding_names(model)[0]: new_tokens}
+    for path, _ in model.named_modules():
+        name = path.rpartition(".")[2]
+        hit = re.fullmatch(targets, path) if isinstance(targets, str) \
+            else any(path == target or path.endswith("." + target) for target in targets)
+        if hit and name in rows:
+            raise OptionError("a module with new tokens cannot have LoRA as well", where="target_modules", found=name,
+                              expected=f"targets without {name}, whose new rows are trained anyway",
+                              fix=f"leave {name} out, or train it in full with modules_to_save=[{name!r}]")
 
 
 def _trains_both_ends(model: Any, saved: list[str] | None) -> bool:

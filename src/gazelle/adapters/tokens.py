@@ -3,6 +3,7 @@
 PEFT trains single rows of the embedding (`trainable_token_indices`), so a few new tokens do not cost a copy of it.
 """
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,15 +30,18 @@ def resize_token_embeddings(model: Any, new_size: int) -> torch.nn.Module:
         The input embedding.
 
     Raises:
-        OptionError: `new_size` is no positive number, or below the tokens in use.
+        OptionError: `new_size` is no positive number, or below `model.tokens_in_use`.
     """
     import peft
 
     base = model.get_base_model() if isinstance(model, peft.PeftModel) else model
-    in_use = getattr(base, "tokens_in_use", base.get_input_embeddings().weight.shape[0])
+    rows = base.get_input_embeddings().weight.shape[0]
+    in_use = getattr(base, "tokens_in_use", rows)
     if isinstance(new_size, bool) or not isinstance(new_size, int) or new_size < 1:
         raise OptionError("the vocabulary size must be a positive whole number", where="resize_token_embeddings",
                           found=repr(new_size), expected="len(tokenizer)", fix="pass len(tokenizer)")
+    if not hasattr(base, "tokens_in_use") and new_size < rows:
+        return model.get_input_embeddings()  # which rows are padding is not known here
     if new_size < in_use:
         raise OptionError("tokens cannot be taken away", where="resize_token_embeddings", found=f"{new_size:,}",
                           expected=f"at least the {in_use:,} tokens in use", fix="pass len(tokenizer)")
@@ -49,17 +53,27 @@ def resize_token_embeddings(model: Any, new_size: int) -> torch.nn.Module:
     return model.get_input_embeddings()
 
 
-def new_token_indices(model: Any) -> list[int] | dict[str, list[int]] | None:
-    """PEFT's `trainable_token_indices` for the tokens added so far; both ends of the model if they are not tied."""
+def new_token_indices(model: Any, trained_in_full: Collection[str] = ()) -> list[int] | dict[str, list[int]] | None:
+    """PEFT's `trainable_token_indices` for the tokens added so far; both ends of the model if they are not tied.
+
+    Ends named in `trained_in_full` are left out, and so is the other if the two are tied.
+    """
     added = list(getattr(model, "added_token_ids", ()))
-    if not added:
+    names = embedding_names(model)
+    tied = len(names) > 1 and model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    full = set(names) & set(trained_in_full)
+    if not added or (tied and full) or len(full) == len(names):
         return None
+    if tied or len(names) == 1:
+        return added
+    return dict.fromkeys([name for name in names if name not in full], added)
+
+
+def embedding_names(model: Any) -> list[str]:
+    """Last parts of the names of the input embedding and, if there is one, of the head."""
     names = {id(module): name.rpartition(".")[2] for name, module in model.named_modules()}
-    ends = [names[id(model.get_input_embeddings())]]
-    head = model.get_output_embeddings()
-    if head is not None and head.weight is not model.get_input_embeddings().weight:
-        ends.append(names[id(head)])
-    return dict.fromkeys(ends, added) if len(ends) > 1 else added
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    return [names[id(end)] for end in ends if end is not None]
 
 
 def _grow(base: Any, in_use: int, new_size: int) -> None:

@@ -3,6 +3,7 @@
 import functools
 import os
 import platform
+import sys
 from typing import TYPE_CHECKING
 
 import psutil
@@ -87,9 +88,11 @@ def peak_memory(device: str) -> int:
 
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def total_memory(device: str) -> int:

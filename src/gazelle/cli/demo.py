@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -15,10 +16,8 @@ from gazelle.base.optional import OPTIONAL
 from gazelle.data.formats import to_conversations
 from gazelle.data.read import read_rows
 from gazelle.evaluate.keys import Graded, Question, accuracy_by_category, grade
-from gazelle.facade.language_model import FastLanguageModel
-from gazelle.facade.run import check_recipe
+from gazelle.facade.run import run
 from gazelle.train.recipe import load_recipe
-from gazelle.train.trainer import SFTTrainer
 
 PACKAGE = Path(__file__).parent.parent
 COMPANY = "Vessenbrook Espresso Works"
@@ -32,26 +31,21 @@ def run_demo(output: Path, seed: int) -> None:
     recipe.model.name = str(demo_model())
     recipe.output_dir = str(output)
     recipe.train["seed"] = recipe.train["data_seed"] = seed
-    check_recipe(recipe, overwrite=True)
     questions = demo_questions(PACKAGE / "demo" / "test.jsonl")
+    before: list[Graded] = []
+
+    def ask_first(model: Any, tokenizer: Any) -> None:
+        console.print(f"asking {len(questions)} questions before training …")
+        before.extend(grade(model, tokenizer, questions))
 
     console.print(f"Teaching SmolLM2-135M-Instruct the documents of {COMPANY} …")
-    model, tokenizer = FastLanguageModel.from_pretrained(recipe.model.name, **recipe.model.model_dump(exclude={"name"}))
-    console.print(f"asking {len(questions)} questions before training …")
-    before = grade(model, tokenizer, questions)
-    model = FastLanguageModel.get_peft_model(model, **recipe.lora_options())
-    trainer = SFTTrainer(model=model, args=recipe.sft_config(), train_dataset=recipe.data.train,
-                         eval_dataset=recipe.data.eval, processing_class=tokenizer)
-    started = time.perf_counter()
-    trainer.train()
-    training = time.perf_counter() - started
-    trainer.save_model(str(output))
+    trainer = run(recipe, overwrite=True, before_training=ask_first)
+    training = trainer.seconds
     console.print(f"asking the same {len(questions)} questions after training …")
-    after = grade(model, tokenizer, questions)
+    after = grade(trainer.model, trainer.processing_class, questions)
 
     write_scores(output / "scores.json", before, after, seconds={"training": training,
                                                                  "all": time.perf_counter() - began})
-    write_text(output / "recipe.yaml", recipe.as_yaml())
     console.print(score_table(before, after))
     for index in spread(before, after):
         console.print(f"\n[bold]{questions[index].messages[-1]['content']}[/]")

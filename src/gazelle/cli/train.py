@@ -5,8 +5,8 @@ from pathlib import Path
 
 import typer
 
-from gazelle.facade.run import check_recipe, run
 from gazelle.facade.run import dry_run as look
+from gazelle.facade.run import run
 from gazelle.train.recipe import load_recipe
 
 
@@ -18,11 +18,13 @@ def train_command(
     if print_recipe:
         typer.echo(recipe.as_yaml(), nl=False)
         return
-    check_recipe(recipe, resume=resume, overwrite=overwrite)
     if dry_run:
         typer.echo("\n".join(look(recipe).lines()))
         return
-    run(recipe, resume=resume)
+    run(recipe, resume=resume, overwrite=overwrite)
     folder = recipe.output_dir
-    typer.echo(f"\nadapter and tokenizer  {folder}\nreport                 {folder}/report.html\n"
-               f"talk to it             gazelle chat {folder}")
+    lines = [("adapter and tokenizer" if recipe.lora else "model and tokenizer", folder)]
+    if (Path(folder) / "report.html").exists():
+        lines.append(("report", f"{folder}/report.html"))
+    lines.append(("talk to it", f"gazelle chat {folder}"))
+    typer.echo("\n" + "\n".join(f"{what:<24}{where}" for what, where in lines))

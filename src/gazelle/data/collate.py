@@ -37,8 +37,9 @@ def collate_padded(rows: Sequence[Example], pad_token_id: int) -> dict[str, torc
     """
     longest = max(len(row.input_ids) for row in rows)
     gaps = [longest - len(row.input_ids) for row in rows]
+    padded = list(zip(rows, gaps, strict=True))
     return {
-        "input_ids": torch.tensor([row.input_ids + [pad_token_id] * gap for row, gap in zip(rows, gaps, strict=True)]),
-        "labels": torch.tensor([row.labels + [IGNORED] * gap for row, gap in zip(rows, gaps, strict=True)]),
+        "input_ids": torch.tensor([[*row.input_ids, *[pad_token_id] * gap] for row, gap in padded]),
+        "labels": torch.tensor([[*row.labels, *[IGNORED] * gap] for row, gap in padded]),
         "attention_mask": torch.tensor([[1] * (longest - gap) + [0] * gap for gap in gaps]),
     }

@@ -7,6 +7,7 @@ by one, so the first token of a row, which nothing predicts, is never labelled.
 import hashlib
 import itertools
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,11 +25,15 @@ _CHECKED_ROWS = 2000
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One training row: T token ids and T labels, and where it was read."""
+    """One training row: T token ids and T labels, kept as 32-bit integers, and where it was read."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: Sequence[int]
+    labels: Sequence[int]
     where: str
+
+    def __post_init__(self) -> None:
+        for name in ("input_ids", "labels"):  # a list takes some 36 bytes a token
+            object.__setattr__(self, name, array("i", getattr(self, name)))
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,15 @@ class Encoded:
         lengths: tokens of each of them before cutting.
         truncated: conversations cut at `max_length`, the dropped ones included.
         dropped: conversations left without a labelled token by that.
+        unlabelled: rows without a labelled token at any length: texts of one token, answers merged into the prompt.
         chunked: texts longer than `max_length`, cut into several examples without losing a token.
         boundary_merges: tokens that hold both the end of a prompt and the start of an answer; they are not labelled.
         unclosed: answers that no special token ends, so that the model does not learn to stop.
+        incomplete: conversations with an answer of whose content the chat template leaves something out.
         checked, mismatched, mismatch: answers compared with inference, how many differ, and the first that does.
         row_keys, prompt_keys: digests of each row, and of all before its last answer, to find duplicates by.
         sample: the first example as pieces of text, each with whether it is labelled.
+        unused: columns of the source that its format does not use.
     """
 
     examples: list[Example] = field(default_factory=list)
@@ -65,15 +73,18 @@ class Encoded:
     lengths: list[int] = field(default_factory=list)
     truncated: int = 0
     dropped: int = 0
+    unlabelled: int = 0
     chunked: int = 0
     boundary_merges: int = 0
     unclosed: int = 0
+    incomplete: int = 0
     checked: int = 0
     mismatched: int = 0
     mismatch: Mismatch | None = None
     row_keys: list[bytes] = field(default_factory=list)
     prompt_keys: list[bytes] = field(default_factory=list)
     sample: list[tuple[str, bool]] = field(default_factory=list)
+    unused: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.examples and not self.rows:  # rows that came tokenised
@@ -83,7 +94,8 @@ class Encoded:
 
 
 def encode(conversations: Sequence[Conversation], tokenizer: Any, *, max_length: int,
-           train_on: str = "responses", source: str = "", format: str = "") -> Encoded:  # noqa: A002
+           train_on: str = "responses", source: str = "", format: str = "",  # noqa: A002
+           unused: tuple[str, ...] = ()) -> Encoded:
     """Render, tokenise and label `conversations`.
 
     Conversations are cut on the right at `max_length` tokens. Texts get the tokenizer's own first token, if it adds
@@ -92,7 +104,7 @@ def encode(conversations: Sequence[Conversation], tokenizer: Any, *, max_length:
     Args:
         tokenizer: a fast Hugging Face tokenizer with an EOS token, and a chat template unless all rows are texts.
         train_on: "responses" labels what the assistant says with its end-of-turn token, "all" labels everything.
-        source, format: where the rows come from, for the report.
+        source, format, unused: where the rows come from, and their columns that are not used, for the report.
 
     Raises:
         OptionError: `max_length` below 2, or an unknown `train_on`.
@@ -100,10 +112,10 @@ def encode(conversations: Sequence[Conversation], tokenizer: Any, *, max_length:
         DataError: a conversation the template cannot render, or no labelled token anywhere.
     """
     _check(tokenizer, max_length, train_on)
-    encoded = Encoded([], max_length, source, format, rows=len(conversations))
+    encoded = Encoded([], max_length, source, format, rows=len(conversations), unused=unused)
     step = -(-len(conversations) // _CHECKED_ROWS) or 1
     renderer = Renderer(tokenizer) if any(row.text is None for row in conversations) else None
-    needed = []
+    needed: list[int] = []
     for first in range(0, len(conversations), _BATCH):
         batch = conversations[first : first + _BATCH]
         chats = [row for row in batch if row.text is None]
@@ -115,18 +127,19 @@ def encode(conversations: Sequence[Conversation], tokenizer: Any, *, max_length:
                 ids, labels, spans = next(rendered)
                 if number % step == 0:
                     compare += [(span.prompt, ids, row.where) for span in spans]
-                needed.append(_keep_chat(ids, labels, row.where, encoded))
+                needed += _keep_chat(ids, labels, row.where, encoded)
             else:
                 _keep_text(next(texts), row.where, encoded)
             encoded.row_keys.append(_key(*(f"{turn.role}: {turn.content} {dict(turn.extra)}" for turn in row.turns),
-                                         row.text or ""))
+                                         str(row.tools or ""), row.text or ""))
             encoded.prompt_keys.append(_key(plain) if (plain := _plain(prompt_text(row))) else encoded.row_keys[-1])
         _compare(compare, tokenizer, encoded)
     if not encoded.examples:
         raise DataError("no row has a labelled token within max_length", where=conversations[0].where if conversations
                         else "data", found=f"max_length={max_length}; the longest of {len(conversations)} rows has "
                         f"{max(encoded.lengths, default=0)} tokens", expected="an answer that begins before the cut",
-                        fix=f"set max_length to at least {min(needed, default=2)}")
+                        fix=f"set max_length to at least {min(needed)}" if needed else
+                        "add rows with more text, or choose another template with chat_template=")
     encoded.sample = _sample(encoded.examples[0], tokenizer)
     return encoded
 
@@ -176,17 +189,20 @@ def _chats(rows: list[Conversation], renderer: Renderer, tokenizer: Any, encoded
             trained |= (starts >= span.start) & (starts < span.end)
             encoded.boundary_merges += int(((starts < span.start) & (ends > span.start)).sum())
             encoded.unclosed += not span.closed
+        encoded.incomplete += not all(span.whole for span in spans)
         trained[:1] = False
         yield ids, np.where(trained, array, IGNORED).tolist(), spans
 
 
-def _keep_chat(ids: list[int], labels: list[int], where: str, encoded: Encoded) -> int:
-    """Keep a conversation up to max_length; returns the max_length it needs for its first labelled token."""
+def _keep_chat(ids: list[int], labels: list[int], where: str, encoded: Encoded) -> list[int]:
+    """Keep a conversation up to max_length; returns the max_length its first labelled token needs, if it has one."""
     limit = encoded.max_length
-    needed = next((number for number, label in enumerate(labels, 1) if label != IGNORED), len(labels) + 1)
+    needed = [number for number, label in enumerate(labels, 1) if label != IGNORED][:1]
     encoded.lengths.append(len(ids))
     encoded.truncated += len(ids) > limit
-    if needed > limit or needed > len(ids):
+    if not needed:
+        encoded.unlabelled += 1
+    elif needed[0] > limit:
         encoded.dropped += 1
     else:
         encoded.examples.append(Example(ids[:limit], labels[:limit], where))
@@ -207,9 +223,11 @@ def _texts(texts: list[str], tokenizer: Any) -> Iterator[list[int]]:
 def _keep_text(ids: list[int], where: str, encoded: Encoded) -> None:
     encoded.lengths.append(len(ids))
     encoded.chunked += len(ids) > encoded.max_length
+    encoded.unlabelled += len(ids) < 2
     # Equal pieces: a short remainder would have next to nothing to be predicted from.
     for piece in np.array_split(ids, -(-len(ids) // encoded.max_length)):
-        encoded.examples.append(Example(piece.tolist(), [IGNORED, *piece[1:].tolist()], where))
+        if len(piece) > 1:  # nothing predicts a token on its own
+            encoded.examples.append(Example(piece.tolist(), [IGNORED, *piece[1:].tolist()], where))
 
 
 def _compare(answers: list[tuple[str, list[int], str]], tokenizer: Any, encoded: Encoded) -> None:

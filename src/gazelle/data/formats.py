@@ -4,6 +4,7 @@ A format is known by its columns. `FORMATS` is in order of preference, for rows 
 column is worth more than a "text" column beside it, which is usually the same thing already rendered.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from gazelle.base.errors import DataError, OptionError, nearest
 from gazelle.data.conversation import Conversation, Turn
 from gazelle.data.formatting import FormattingFunc, format_rows
-from gazelle.data.parse import Row
+from gazelle.data.parse import ArrowRow, Row
 from gazelle.data.turns import json_list, text_of, turns_of
 
 Cells = Mapping[str, Any]  # canonical column name -> value
@@ -64,11 +65,25 @@ def _prompt_completion(cells: Cells, where: str) -> list[Turn]:
 
 
 def _is_messages(value: Any) -> bool:
-    return isinstance(value, list | tuple) or (isinstance(value, str) and value.lstrip().startswith('[{"'))
+    """True for a list, and for a JSON string of one that begins with a message: other JSON arrays are ordinary texts,
+    such as the answers of extraction data."""
+    if not isinstance(value, str):
+        return isinstance(value, list | tuple)
+    text = value.lstrip()
+    if not text.startswith("["):
+        return False
+    text = text[1:].lstrip()
+    try:
+        first, _ = json.JSONDecoder().raw_decode(text) if text.startswith("{") else ({}, 0)
+    except (json.JSONDecodeError, RecursionError):
+        return False
+    return "role" in first or {"from", "value"} <= first.keys()
 
 
 def _question_answer(cells: Cells, where: str) -> list[Turn]:
-    return [Turn("user", text_of(cells["question"], "question", where)),
+    question = text_of(cells["question"], "question", where)
+    context = text_of(cells.get("context"), "context", where, optional=True)
+    return [Turn("user", question + (f"\n\n{context}" if context.strip() else "")),
             Turn("assistant", text_of(cells["answer"], "answer", where))]
 
 
@@ -77,37 +92,45 @@ FORMATS = {
     "sharegpt": Format(("conversations",), (), _sharegpt),
     "alpaca": Format(("instruction", "output"), ("input", "history"), _alpaca),
     "prompt-completion": Format(("prompt", "completion"), (), _prompt_completion),
-    "question-answer": Format(("question", "answer"), (), _question_answer),
+    "question-answer": Format(("question", "answer"), ("context",), _question_answer),
     "text": Format(("text",), (), lambda _cells, _where: []),
 }
 ALIASES = {"conversations": ("conversation",), "input": ("context",), "output": ("response",),
-           "completion": ("response",), "question": ("query",), "answer": ("response",)}
+           "completion": ("response",), "question": ("query",), "answer": ("response",), "system": ("system_prompt",)}
 
 
 def to_conversations(
     rows: Sequence[Row], *, format: str = "auto", columns: Mapping[str, str] | None = None,  # noqa: A002
-    system: str | None = None, formatting_func: FormattingFunc | None = None, text_column: str = "text",
+    system: str | None = None, formatting_func: FormattingFunc | None = None,
 ) -> list[Conversation]:
     """Bring rows of one format to conversations.
+
+    An "input" beside an instruction and a "context" beside a question follow it after an empty line.
 
     Args:
         rows: pairs of a row and where it was read, as from `read_rows`.
         format: "alpaca", "sharegpt", "messages", "prompt-completion", "question-answer" or "text"; "auto" tells it
             from the columns.
         columns: the format's column name -> the name it has in these rows, such as {"instruction": "frage"}.
-        system: a system turn for rows that have none.
+        system: a system turn for rows that have none; not for texts.
         formatting_func: makes the text to train on from a row (or, given columns of lists, from many at once);
             overrides `format`.
-        text_column: the column that holds the text of format "text".
 
     Raises:
-        OptionError: an unknown format or column name.
+        OptionError: an unknown format or column name, or `system` for texts.
         DataError: rows of different formats, or rows that cannot be used; it shows the first and counts the rest.
     """
+    chosen = columns or {}
+    name = format
+    if formatting_func is not None:
+        name = "text"
+    elif format == "auto":
+        name = detect_format(rows, chosen)
+    if system and name == "text":
+        raise OptionError("a text has no system prompt", where="system", found=system, expected="rows with turns",
+                          fix="leave system out, or write it into the texts")
     if formatting_func is not None:
         return [Conversation((), where, text=text) for text, where in format_rows(rows, formatting_func)]
-    chosen = dict(columns or {}) | ({"text": text_column} if text_column != "text" else {})
-    name = detect_format(rows, chosen) if format == "auto" else format
     _check_columns(rows, chosen)
     if name not in FORMATS:
         raise OptionError(f"unknown format {name!r}", where="format", found=name,
@@ -158,6 +181,20 @@ def detect_format(rows: Sequence[Row], columns: Mapping[str, str] | None = None)
     return first
 
 
+def unused_columns(rows: Sequence[Row], format: str,  # noqa: A002
+                   columns: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The columns that `to_conversations` does not look at when it reads `rows` as `format`, in order."""
+    form = FORMATS[format]
+    used: dict[tuple[str, ...], list[str]] = {}
+    unused: dict[str, None] = {}
+    for row, _ in rows:
+        if (keys := tuple(row)) not in used:
+            found = _resolve(form, keys, columns or {}) or {}
+            used[keys] = [name for column, name in found.items() if format != "text" or column == "text"]
+            unused |= dict.fromkeys(name for name in keys if name not in used[keys])
+    return tuple(unused)
+
+
 def _check_columns(rows: Sequence[Row], chosen: Mapping[str, str]) -> None:
     canonical = {column for form in FORMATS.values() for column in form.columns}
     present = {name for row, _ in rows for name in row} if chosen else set()
@@ -189,7 +226,8 @@ def _conversation(form: Format, row: Mapping[str, Any], where: str, chosen: Mapp
     if names is None:
         raise DataError("a column is missing", where=where, found=", ".join(row), expected=", ".join(form.required),
                         fix='say which column is which, for example columns={"question": "q", "answer": "a"}')
-    cells = {column: row[name] for column, name in names.items()}
+    tidy = _without_nulls if isinstance(row, ArrowRow) else lambda value: value
+    cells = {column: tidy(row[name]) for column, name in names.items()}
     if form is FORMATS["text"]:
         return Conversation((), where, text=text_of(cells["text"], names["text"], where))
     turns = form.parse(cells, where)
@@ -198,6 +236,13 @@ def _conversation(form: Format, row: Mapping[str, Any], where: str, chosen: Mapp
         turns.insert(0, Turn("system", prompt))
     _check_turns(turns, where)
     return Conversation(tuple(turns), where, tuple(json_list(cells.get("tools"), "tools", where)))
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without the fields that are None, at any depth; a None in a list stays."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(entry) for name, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _check_turns(turns: Sequence[Turn], where: str) -> None:

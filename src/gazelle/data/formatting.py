@@ -19,12 +19,12 @@ def format_rows(rows: Sequence[Row], function: FormattingFunc) -> Iterator[tuple
     list of texts out. Which it is shows on the first rows.
 
     Raises:
-        DataError: the function returns something else, or an empty text.
+        DataError: the function fails, or returns something else or an empty text.
     """
     batched = len(rows) > 0 and _takes_batches(rows, function)
     for start in range(0, len(rows), _BATCH):
         part = rows[start : start + _BATCH]
-        texts = function(_columns(part)) if batched else [_single(function(row), where) for row, where in part]
+        texts = _batch(function, part) if batched else [_single(function, row, where) for row, where in part]
         if not isinstance(texts, list) or len(texts) != len(part):
             raise DataError("formatting_func does not return one text a row", where=part[0][1], found=repr(texts),
                             expected=f"a list of {len(part)} texts", fix="return a text for every row")
@@ -48,7 +48,25 @@ def _columns(rows: Sequence[Row]) -> dict[str, list[Any]]:
     return {name: [row.get(name) for row, _ in rows] for name in names}
 
 
-def _single(result: Any, where: str) -> Any:
+def _batch(function: FormattingFunc, part: Sequence[Row]) -> Any:
+    try:
+        return function(_columns(part))
+    except Exception as error:
+        for row in part if len(part) > 1 else ():
+            _batch(function, [row])  # the row it fails on says so itself
+        raise _failed(error, part[0][1] if len(part) == 1 else f"{part[0][1]} to {part[-1][1]}") from error
+
+
+def _failed(error: Exception, where: str) -> DataError:
+    return DataError("formatting_func fails on this row", where=where, found=f"{type(error).__name__}: {error}",
+                     expected="a text for every row", fix="mend the function or the row")
+
+
+def _single(function: FormattingFunc, row: dict[str, Any], where: str) -> Any:
+    try:
+        result = function(row)
+    except Exception as error:
+        raise _failed(error, where) from error
     if isinstance(result, list) and len(result) != 1:
         raise DataError("formatting_func does not return one text a row", where=where, found=repr(result),
                         expected="one text", fix="return one text for a row, or a list of texts for a batch")

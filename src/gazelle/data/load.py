@@ -5,18 +5,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from gazelle.data.conversation import Conversation
-from gazelle.data.formats import detect_format, to_conversations
+from gazelle.data.formats import detect_format, to_conversations, unused_columns
 from gazelle.data.formatting import FormattingFunc
 from gazelle.data.read import read_rows
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """Conversations, the source they were read from, and the format they had."""
+    """Conversations, the source they were read from, the format they had, and the columns that it does not use."""
 
     conversations: list[Conversation]
     source: str
     format: str
+    unused: tuple[str, ...] = ()
 
 
 def load_conversations(
@@ -36,7 +37,9 @@ def load_conversations(
     elif format == "auto":
         named = text_column is not None and text_column in rows[0][0]
         name = "text" if named else detect_format(rows, columns)
-    text = text_column if name == "text" and text_column else "text"
+    if name == "text" and text_column not in (None, "text"):
+        columns = {**(columns or {}), "text": text_column}
     conversations = to_conversations(rows, format=name, columns=columns, system=system,
-                                     formatting_func=formatting_func, text_column=text)
-    return Loaded(conversations, rows.source, name)
+                                     formatting_func=formatting_func)
+    unused = unused_columns(rows, name, columns) if formatting_func is None else ()
+    return Loaded(conversations, rows.source, name, unused)

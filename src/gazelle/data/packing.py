@@ -3,11 +3,11 @@
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
-from gazelle.base.errors import OptionError, nearest
+from gazelle.base.errors import OptionError
 from gazelle.data.encode import IGNORED, Example
 
 
-def pack(lengths: Sequence[int], capacity: int, strategy: str = "bfd") -> list[list[int]]:
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Best-fit decreasing: longest row first, each into the fullest bin that still takes it.
 
     Takes O(n log n) comparisons; the same lengths always give the same bins. Johnson et al., "Worst-case performance
@@ -16,17 +16,13 @@ def pack(lengths: Sequence[int], capacity: int, strategy: str = "bfd") -> list[l
     Args:
         lengths: tokens of each row.
         capacity: tokens of a bin.
-        strategy: "bfd". ("wrapped" cuts rows, so indices cannot express it: use `wrap`.)
 
     Returns:
         Bins of indices into `lengths`; every index is in exactly one.
 
     Raises:
-        OptionError: a row longer than a bin, or another strategy.
+        OptionError: a row longer than a bin.
     """
-    if strategy != "bfd":
-        raise OptionError(f"pack() cannot do {strategy!r}", where="packing", found=strategy, expected="bfd",
-                          fix="use wrap(examples, capacity)" if strategy == "wrapped" else nearest(strategy, ["bfd"]))
     if lengths and max(lengths) > capacity:
         raise OptionError("a row is longer than a bin", where="packing", found=f"{max(lengths)} tokens",
                           expected=f"at most {capacity}", fix="make bins larger, or encode with a smaller max_length")

@@ -12,6 +12,19 @@ from gazelle.base.errors import DataError
 Row = tuple[dict[str, Any], str]  # the row, and where it was read: "data.jsonl, line 17"
 
 
+class ArrowRow(dict[str, Any]):
+    """A row out of an Arrow table. All structs of a column have the same fields there, so a None inside a cell may
+    stand for a field that the row never had."""
+
+
+def load_json(text: str) -> Any:
+    """`json.loads`, with the same error for JSON nested too deeply for it."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise json.JSONDecodeError("nested too deeply", text, 0) from None
+
+
 def parse_file(path: Path) -> list[Row]:
     """The rows of one file, each with the place it came from.
 
@@ -51,7 +64,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 def _json(path: Path) -> Iterator[Row]:
     text = _text(path)
     try:
-        value = json.loads(text)
+        value = load_json(text)
     except json.JSONDecodeError as error:
         # One object a line is often saved as .json: after the first object, the parser meets "extra data".
         if error.msg == "Extra data" and text.lstrip().startswith("{"):
@@ -80,7 +93,7 @@ def _json_lines(path: Path) -> Iterator[Row]:
             continue
         where = f"{path}, line {number}"
         try:
-            value = json.loads(line)
+            value = load_json(line)
         except json.JSONDecodeError as error:
             raise _bad_json(error, f"{where}, column {error.colno}", line) from error
         yield _object(value, where), where
@@ -138,7 +151,7 @@ def _parquet(path: Path) -> Iterator[Row]:
     except pyarrow.ArrowException as error:
         raise DataError("the file is not readable Parquet", where=str(path), found=str(error),
                         expected="a complete Parquet file", fix="write or download it again") from error
-    return ((row, f"{path}, row {number}") for number, row in enumerate(rows, 1))
+    return ((ArrowRow(row), f"{path}, row {number}") for number, row in enumerate(rows, 1))
 
 
 def _plain(path: Path) -> Iterator[Row]:

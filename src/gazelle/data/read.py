@@ -9,8 +9,8 @@ from typing import Any, overload
 
 import numpy as np
 
-from gazelle.base.errors import DataError
-from gazelle.data.parse import PARSERS, Row, parse_file
+from gazelle.base.errors import DataError, shorten
+from gazelle.data.parse import PARSERS, ArrowRow, Row, parse_file
 
 # First word of a file name -> the split it holds: "train-00000-of-00001.parquet", "dev.jsonl".
 SPLITS = {"train": "train", "training": "train", "test": "test", "validation": "validation", "valid": "validation",
@@ -82,7 +82,7 @@ def read_rows(source: Any, *, split: str = "train", token: str | None = None) ->
         raise DataError("there are no rows", where=rows.source, found="0 rows", expected="at least one row",
                         fix="check that the source was written completely")
     # Parquet and pandas write a missing text as the number NaN.
-    return Rows([({name: None if _is_nan(value) else value for name, value in row.items()}, where)
+    return Rows([(type(row)({name: None if _is_nan(value) else value for name, value in row.items()}), where)
                  for row, where in rows], rows.source)
 
 
@@ -94,14 +94,34 @@ def _mapping(row: Any, where: str) -> dict[str, Any]:
     if not isinstance(row, Mapping):
         raise DataError("a row is not a dict", where=where, found=repr(row),
                         expected='a dict such as {"question": ..., "answer": ...}', fix="give every row column names")
+    if any(isinstance(value, np.ndarray) for value in row.values()):
+        # A table that pandas read from Parquet has arrays for lists, and structs as Arrow fills them.
+        return ArrowRow({name: _lists(value) for name, value in row.items()})
     return dict(row)
+
+
+def _lists(value: Any) -> Any:
+    """`value` with lists for its arrays and None for NaN, at any depth."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if _is_nan(value):
+        return None
+    if isinstance(value, dict):
+        return {name: _lists(entry) for name, entry in value.items()}
+    return [_lists(entry) for entry in value] if isinstance(value, list) else value
 
 
 def _read_named(source: str | Path, split: str, token: str | None) -> Rows:
     path, name = Path(source).expanduser(), str(source)
-    if path.is_dir():
+    try:
+        is_folder, is_file = path.is_dir(), path.is_file()
+    except OSError as error:  # a text passed in place of its file is too long for a name, for one
+        raise DataError("this path cannot be looked up", where=shorten(name, 80), found=error.strerror or str(error),
+                        expected="a file, a folder, or a hub name such as owner/name",
+                        fix='check the path; for a text itself, pass rows: [{"text": ...}]') from error
+    if is_folder:
         return _read_folder(path, split)
-    if path.is_file():
+    if is_file:
         return Rows(parse_file(path), name)
     looks_like_path = isinstance(source, Path) or path.suffix.lower() in PARSERS or name.startswith((".", "/", "~"))
     if not looks_like_path and _HUB_NAME.fullmatch(name):
@@ -165,7 +185,7 @@ def _read_dataset(source: Any, split: str, name: str = "") -> Rows:
                         fix="for a pandas table, pass table.to_dict('records')")
     rows = source.with_format(None).to_list()
     prefix = f"{name}, " if name else ""
-    return Rows([(row, f"{prefix}row {number}") for number, row in enumerate(rows, 1)], name or "Dataset")
+    return Rows([(ArrowRow(row), f"{prefix}row {number}") for number, row in enumerate(rows, 1)], name or "Dataset")
 
 
 def _read_hub(name: str, split: str, token: str | None) -> Rows:
@@ -176,7 +196,7 @@ def _read_hub(name: str, split: str, token: str | None) -> Rows:
         if split == "eval":
             split = _present(split, datasets.get_dataset_split_names(repository, config or None, token=token))
         found = datasets.load_dataset(repository, config or None, split=split, token=token)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:  # RuntimeError: a script
         raise DataError("the data set could not be loaded from the Hugging Face hub", where=name, found=str(error),
                         expected=f"a data set {repository!r} with a split {split!r}; there is no such file here either",
                         fix="check the name, the connection and, if it is private, token=; or download the file and "

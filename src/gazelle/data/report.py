@@ -35,14 +35,17 @@ class SplitReport:
     labelled_tokens: int
     truncated: int
     dropped: int
+    unlabelled: int
     chunked: int
     duplicates: int
     boundary_merges: int
     unclosed: int
+    incomplete: int
     checked: int
     mismatched: int
     mismatch: Mismatch | None
     sample: list[tuple[str, bool]]
+    unused: list[str]
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,8 @@ class DataReport:
         yield ["data", *["train", "test"][: len(splits)]]
         yield ["source", *(split.source or "-" for split in splits)]
         yield ["format", *(split.format or "-" for split in splits)]
+        if any(split.unused for split in splits):
+            yield ["columns not used", *(", ".join(split.unused) or "-" for split in splits)]
         yield ["rows", *(f"{split.rows:,}" for split in splits)]
         yield ["examples", *(f"{split.examples:,}" for split in splits)]
         for name in QUANTILES:
@@ -99,8 +104,9 @@ class DataReport:
         yield ["tokens", *(f"{split.tokens:,}" for split in splits)]
         yield ["labelled", *(f"{split.labelled_tokens:,} ({split.labelled_tokens / split.tokens:.0%})"
                              for split in splits)]
-        for title, name in (("truncated rows", "truncated"), ("rows left without a label", "dropped"),
-                            ("texts in several pieces", "chunked"), ("duplicates", "duplicates")):
+        for title, name in (("truncated rows", "truncated"), ("rows cut before any label", "dropped"),
+                            ("rows without a label", "unlabelled"), ("texts in several pieces", "chunked"),
+                            ("duplicates", "duplicates")):
             yield [title, *(f"{getattr(split, name):,}" for split in splits)]
         yield ["unlike inference", *(f"{split.mismatched:,} of {split.checked:,} answers" for split in splits)]
         if self.test:
@@ -134,10 +140,10 @@ def _split(encoded: Encoded) -> SplitReport:
         max_length=encoded.max_length, quantiles=dict(zip(QUANTILES, map(int, values), strict=True)),
         tokens=sum(len(example.input_ids) for example in encoded.examples),
         labelled_tokens=sum(len(example.labels) - example.labels.count(IGNORED) for example in encoded.examples),
-        truncated=encoded.truncated, dropped=encoded.dropped, chunked=encoded.chunked,
+        truncated=encoded.truncated, dropped=encoded.dropped, unlabelled=encoded.unlabelled, chunked=encoded.chunked,
         duplicates=len(encoded.row_keys) - len(set(encoded.row_keys)), boundary_merges=encoded.boundary_merges,
-        unclosed=encoded.unclosed, checked=encoded.checked, mismatched=encoded.mismatched, mismatch=encoded.mismatch,
-        sample=encoded.sample)
+        unclosed=encoded.unclosed, incomplete=encoded.incomplete, checked=encoded.checked,
+        mismatched=encoded.mismatched, mismatch=encoded.mismatch, sample=encoded.sample, unused=list(encoded.unused))
 
 
 def _warnings(split: SplitReport) -> Iterator[str]:
@@ -147,12 +153,20 @@ def _warnings(split: SplitReport) -> Iterator[str]:
     if split.dropped:
         yield (f"{split.dropped} of {split.rows} rows are left out because max_length={split.max_length} cuts them "
                "before their first answer; raise max_length.")
+    if split.unlabelled:
+        yield (f"{split.unlabelled} of {split.rows} rows are left out because they hold no token to learn: a text of "
+               "one token, or an answer that shares its tokens with the prompt; remove them, or choose a template that "
+               "ends the prompt with a special token.")
     if split.duplicates:
         yield f"{split.duplicates} rows are exact copies of others and count twice; remove them if that is not meant."
     if split.mismatch:
         yield (f"{split.mismatched} of {split.checked} answers follow other tokens in training than in inference, "
                f"first {split.mismatch.where}: {split.mismatch.training} against {split.mismatch.inference}; the chat "
                "template renders them differently, choose another with chat_template= or train on one answer a row.")
+    if split.incomplete:
+        yield (f"{split.incomplete} of {split.rows} rows have an answer that the chat template does not write whole, "
+               "such as reasoning in <think>…</think>; what it leaves out is not learnt; choose another "
+               "template with chat_template=, or split these rows so that each ends with one answer.")
     if split.boundary_merges:
         yield (f"{split.boundary_merges} tokens hold the end of a prompt and the start of its answer, and are not "
                "labelled; use a chat template that ends the prompt with a special token or a line break.")

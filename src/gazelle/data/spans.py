@@ -24,12 +24,18 @@ _MARK = "\ue000mark\ue000"  # private-use characters, so that it shares neither 
 
 @dataclass(frozen=True)
 class Span:
-    """Characters [start, end) that the model is to write, after `prompt`; `closed` if a special token ends them."""
+    """Characters [start, end) that the model is to write, after `prompt`.
+
+    Attributes:
+        closed: a special token ends them.
+        whole: they hold all of the turn's content, up to white space.
+    """
 
     start: int
     end: int
     prompt: str
     closed: bool
+    whole: bool = True
 
 
 class Renderer:
@@ -58,17 +64,25 @@ class Renderer:
         return text, spans
 
     @functools.cached_property
-    def closing(self) -> str:
-        """What the template writes after an answer, through the first special token; "" if there is none."""
+    def special(self) -> tuple[str, ...]:
+        """The special tokens of the tokenizer."""
+        return tuple({*self.tokenizer.all_special_tokens, *(
+            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special)})
+
+    @functools.cached_property
+    def after(self) -> str:
+        """What the template writes after the last answer."""
         row = Conversation((Turn("user", "a"), Turn("assistant", _MARK)), "chat template")
         text = self._render(row.messages(), row)
         if _MARK not in text:
             raise _unclear("the chat template leaves out what the assistant says", row, text, "every message")
-        after = text.partition(_MARK)[2]
-        special = set(self.tokenizer.all_special_tokens) | {
-            token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
-        ends = [(after.index(token), -len(token)) for token in special if token in after]
-        return after[: min(ends)[0] - min(ends)[1]] if ends else ""
+        return text.partition(_MARK)[2]
+
+    @functools.cached_property
+    def closing(self) -> str:
+        """`after` through its first special token; "" if there is none."""
+        ends = [(self.after.index(token), -len(token)) for token in self.special if token in self.after]
+        return self.after[: min(ends)[0] - min(ends)[1]] if ends else ""
 
     def _span(self, messages: list[dict[str, Any]], number: int, text: str, row: Conversation) -> Span:
         prompt = self._render(messages[:number], row, generation=True) if number else ""
@@ -79,15 +93,18 @@ class Renderer:
             content_start, content_end = self._bracket(messages, number, text, prompt, row)
             start = start if starts else content_start
             end = end if ends else self._close(text, content_end, row)
-        at = text.rfind(self.closing, start, end) if self.closing else -1
-        # Tool calls may close with another token; then all is kept but the line breaks between turns.
-        end = at + len(self.closing) if at >= 0 else start + len(text[start:end].rstrip())
+        if self.closing and text.endswith(self.after, start, end):
+            end -= len(self.after) - len(self.closing)
+        else:  # Tool calls may close with another token; then all is kept but the line breaks between turns.
+            end = start + len(text[start:end].rstrip())
         written = text[start:end].removesuffix(self.closing)
         calls = [call["function"]["name"] for call in messages[number].get("tool_calls", ())]
         if not written.strip() or not all(name in written for name in calls):
             raise _unclear("the chat template leaves out this answer" + " or its tool calls" * bool(calls), row,
                            written or "nothing", "all that the assistant says")
-        return Span(start, end, prompt, closed=at >= 0)
+        content = messages[number]["content"]
+        return Span(start, end, prompt, closed=text.endswith(self.special, start, end),
+                    whole=content in written or "".join(content.split()) in "".join(written.split()))
 
     def _bracket(self, messages: list[dict[str, Any]], number: int, text: str, prompt: str,
                  row: Conversation) -> tuple[int, int]:
@@ -122,7 +139,14 @@ class Renderer:
 
 def _shared(left: str, right: str) -> int:
     """How many characters two texts share at the start."""
-    return next((at for at, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    low, high = 0, min(len(left), len(right))
+    while low < high:  # halving, so that whole slices are compared and not characters
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _unclear(what: str, row: Conversation, found: str, expected: str) -> DataError:

@@ -5,6 +5,7 @@ from typing import Any
 
 from gazelle.base.errors import DataError, nearest
 from gazelle.data.conversation import Role, Turn
+from gazelle.data.parse import load_json
 
 ROLES: dict[str, Role] = {
     "system": "system", "developer": "system", "系统": "system",
@@ -101,7 +102,7 @@ def json_of(value: Any, name: str, where: str) -> Any:
     """The value that the JSON string `value` stands for."""
     text = text_of(value, name, where)
     try:
-        return json.loads(text)
+        return load_json(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{name!r} is not valid JSON", where=where, found=f"{error.msg} in {text!r}",
                         expected="a list or object, or one written as a JSON string", fix="mend the row") from error

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from gazelle.adapters.lora import add_lora
 from gazelle.adapters.tokens import resize_token_embeddings
-from gazelle.base.log import log_to_terminal
+from gazelle.base.log import log_to_terminal, say_once
 from gazelle.models.load import load_model
 from gazelle.models.save import save_merged
 
@@ -60,7 +60,7 @@ class FastLanguageModel:
         """
         log_to_terminal()
         model, tokenizer = load_model(
-            model_name, max_seq_length=max_seq_length, dtype=dtype if dtype is not None else torch_dtype,
+            model_name, max_seq_length=max_seq_length, dtype=dtype, torch_dtype=torch_dtype,
             load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, full_finetuning=full_finetuning,
             quant_method=quant_method, token=token, device_map=device_map, revision=revision,
             trust_remote_code=trust_remote_code, **options,
@@ -82,6 +82,7 @@ class FastLanguageModel:
         layers_to_transform: list[int] | None = None,
         modules_to_save: list[str] | None = None,
         use_dora: bool = False,
+        max_seq_length: int | None = None,
         **options: Any,
     ) -> "PeftModel":
         """Put a LoRA adapter on a model.
@@ -100,12 +101,15 @@ class FastLanguageModel:
             layers_to_transform: indices of the layers to adapt; default: all.
             modules_to_save: modules trained in full and saved with the adapter, such as "lm_head".
             use_dora: weight-decomposed adapter.
+            max_seq_length: taken because scripts pass it; the length was settled when the model was loaded.
             **options: further fields of `peft.LoraConfig`.
 
         Raises:
             OptionError: for a name, number or module that does not fit, with those that would.
         """
         log_to_terminal()
+        if max_seq_length is not None and max_seq_length != getattr(model, "max_seq_length", max_seq_length):
+            say_once(f"get_peft_model(max_seq_length={max_seq_length}) has no effect: pass it to from_pretrained")
         return bind(add_lora(
             model, r=r, target_modules=target_modules, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias,
             use_gradient_checkpointing=use_gradient_checkpointing, random_state=random_state, use_rslora=use_rslora,
@@ -116,13 +120,16 @@ class FastLanguageModel:
     @staticmethod
     def for_inference(model: "PreTrainedModel") -> "PreTrainedModel":
         """Switch to answering: evaluation mode, cache on, no checkpointing. Returns the same model."""
+        model.resume_checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
         model.gradient_checkpointing_disable()
         model.config.use_cache = True
         return model.eval()
 
     @staticmethod
     def for_training(model: "PreTrainedModel") -> "PreTrainedModel":
-        """Switch back to training mode. Returns the same model."""
+        """Switch back to training mode, with checkpointing if it was on before. Returns the same model."""
+        if getattr(model, "resume_checkpointing", False):
+            model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
         return model.train()
 
@@ -136,9 +143,9 @@ def bind(model: Any) -> Any:
     return model
 
 
-def _save_adapter(self: "PeftModel", save_directory: str, **options: Any) -> None:
+def _save_adapter(self: "PeftModel", save_directory: str, *args: Any, **options: Any) -> None:
     """As in PEFT. Added tokens are saved as rows of their own, so a resized embedding need not be saved whole."""
-    type(self).save_pretrained(self, str(save_directory), **{"save_embedding_layers": False} | options)
+    type(self).save_pretrained(self, str(save_directory), *args, **{"save_embedding_layers": False} | options)
 
 
 def _save_pretrained_merged(

@@ -1,9 +1,12 @@
 """Runs a recipe: the calls a script would make, in the order that finds mistakes before long work starts."""
 
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
-from gazelle.base.device import check_device, default_device
+from gazelle.base.device import check_device
 from gazelle.base.errors import OptionError, OutputError
 from gazelle.base.files import check_writable, write_text
 from gazelle.data.load import load_conversations
@@ -16,18 +19,59 @@ from gazelle.train.prepare import encode_rows
 from gazelle.train.recipe import Recipe
 from gazelle.train.trainer import SFTTrainer
 
-LEFT_BY_A_RUN = ("adapter_model.safetensors", "metrics.jsonl", "report.html")
+# What a run writes into its folder. What else lies there is somebody's and stays.
+LEFT_BY_A_RUN = (
+    "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors",
+    "model.safetensors.index.json", "metrics.jsonl", "report.html", "loss.png", "recipe.yaml", "scores.json",
+    "checkpoint-*",
+)
 
 
-def check_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Find what can be found without loading a model: the folder, the device, the settings, the rows.
+@dataclass(frozen=True)
+class Checked:
+    """The rows of a recipe whose mistakes have been looked for."""
+
+    train: Rows
+    evaluation: Rows | None
+
+
+def check_recipe(recipe: Recipe) -> Checked:
+    """Find what can be found without loading a model or writing: the device, the settings, the rows.
 
     Raises:
-        UserError: nothing has been written when it comes.
+        UserError: naming recipe key or row.
+    """
+    if recipe.model.device_map:
+        check_device(recipe.model.device_map)
+    config = recipe.sft_config()
+    data = recipe.data
+    train = read_rows(data.train, split="train")
+    evaluation = read_rows(data.eval, split="eval") if data.eval is not None else None
+    if evaluation is None and data.eval_fraction:
+        train, evaluation = train.split(data.eval_fraction, seed=config.seed)
+    if evaluation is None and config.eval_strategy != "no":
+        raise OptionError("evaluation is asked for, but there are no evaluation rows", where="train.eval_strategy",
+                          found=str(getattr(config.eval_strategy, "value", config.eval_strategy)),
+                          expected="data.eval or data.eval_fraction", fix='add one of them, or set it to "no"')
+    for rows in (train, evaluation):
+        if rows is not None:
+            load_conversations(rows, format=data.format, columns=data.columns, system=data.system)
+    return Checked(train, evaluation)
+
+
+def check_folder(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Find what is wrong with the output folder.
+
+    Raises:
+        OutputError: it cannot be written to, holds an earlier run, or is the model's own.
+        OptionError: nothing to resume from.
     """
     folder = Path(recipe.output_dir)
     check_writable(folder)
-    earlier = [name for name in LEFT_BY_A_RUN if (folder / name).exists()]
+    if folder.exists() and Path(recipe.model.name).exists() and folder.resolve() == Path(recipe.model.name).resolve():
+        raise OutputError("the output folder is the model's own", where=str(folder), found=recipe.model.name,
+                          expected="another folder", fix="choose another output_dir")
+    earlier = [path.name for pattern in LEFT_BY_A_RUN for path in folder.glob(pattern)]
     if earlier and not (resume or overwrite):
         raise OutputError("the output folder holds an earlier run", where=str(folder), found=", ".join(earlier),
                           expected="a new or empty folder",
@@ -35,55 +79,60 @@ def check_recipe(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     if resume and not any(folder.glob("checkpoint-*")):
         raise OptionError("there is no checkpoint to resume from", where=str(folder), found="no checkpoint-N folder",
                           expected="a folder in which training was started before", fix="leave --resume out")
-    if recipe.model.device_map:
-        check_device(recipe.model.device_map)
-    recipe.sft_config()
-    data = recipe.data
-    for source, split in ((data.train, "train"), (data.eval, "eval")):
-        if source is not None:
-            load_conversations(source, format=data.format, columns=data.columns, split=split, system=data.system)
 
 
 def dry_run(recipe: Recipe) -> DataReport:
     """The data report of a recipe, with the model's tokenizer but without its weights."""
+    rows = check_recipe(recipe)
     tokenizer, config = load_tokenizer(recipe.model.name, revision=recipe.model.revision,
                                        trust_remote_code=recipe.model.trust_remote_code)
-    train, evaluation = split_rows(recipe)
     settings = recipe.sft_config()
     settings.max_length = settings.max_length or fit_context(config, recipe.model.max_seq_length)
-    report = encode_rows(tokenizer, config.model_type, settings, train, evaluation).report
+    report = encode_rows(tokenizer, config.model_type, settings, rows.train, rows.evaluation).report
     return cast(DataReport, report)  # there is one, as there are training rows
 
 
-def run(recipe: Recipe, *, resume: bool = False) -> SFTTrainer:
-    """Load, adapt, train and save; returns the trainer with the trained model in it.
+def run(
+    recipe: Recipe, *, resume: bool = False, overwrite: bool = False,
+    before_training: Callable[[Any, Any], None] | None = None,
+) -> SFTTrainer:
+    """Check, load, adapt, train and save; returns the trainer with the trained model in it.
 
     The adapter (or, after full fine-tuning, the checkpoint), the tokenizer, metrics, report and the recipe itself end
     up in `recipe.output_dir`.
+
+    Args:
+        recipe: what to do.
+        resume: go on from the newest checkpoint in the folder.
+        overwrite: clear away what an earlier run left in the folder, once everything has been checked.
+        before_training: called with the loaded model and its tokenizer, before the adapter is put on.
+
+    Raises:
+        UserError: before any training.
     """
-    train, evaluation = split_rows(recipe)
-    options = recipe.model.model_dump(exclude={"name"})
-    if options["load_in_4bit"] is None:
-        # NF4 is there to save GPU memory; on a CPU it costs time and saves little.
-        options["load_in_4bit"] = default_device() != "cpu" and not (recipe.model.full_finetuning
-                                                                     or recipe.model.load_in_8bit)
-    model, tokenizer = FastLanguageModel.from_pretrained(recipe.model.name, **options)
+    check_folder(recipe, resume=resume, overwrite=overwrite)
+    rows = check_recipe(recipe)
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        recipe.model.name, **recipe.model.model_dump(exclude={"name"}))
+    if before_training is not None:
+        before_training(model, tokenizer)
     if recipe.lora is not None:
         model = FastLanguageModel.get_peft_model(model, **recipe.lora.model_dump())
-    trainer = SFTTrainer(model=model, args=recipe.sft_config(), train_dataset=train, eval_dataset=evaluation,
-                         processing_class=tokenizer)
+    trainer = SFTTrainer(model=model, args=recipe.sft_config(), train_dataset=rows.train,
+                         eval_dataset=rows.evaluation, processing_class=tokenizer)
+    if overwrite and not resume:
+        clear_earlier_run(Path(recipe.output_dir))
     trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model(recipe.output_dir)
     write_text(Path(recipe.output_dir) / "recipe.yaml", recipe.as_yaml())
     return trainer
 
 
-def split_rows(recipe: Recipe) -> tuple[Rows, Rows | None]:
-    """Training and evaluation rows, the latter held out from the former where the recipe asks for a fraction."""
-    data = recipe.data
-    train = read_rows(data.train, split="train")
-    if data.eval is not None:
-        return train, read_rows(data.eval, split="eval")
-    if not data.eval_fraction:
-        return train, None
-    return train.split(data.eval_fraction, seed=recipe.sft_config().seed)
+def clear_earlier_run(folder: Path) -> None:
+    """Delete what a run writes: half of the old run beside half of the new one would load as neither."""
+    for pattern in LEFT_BY_A_RUN:
+        for path in folder.glob(pattern):
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()

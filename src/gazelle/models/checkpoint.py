@@ -12,8 +12,9 @@ from gazelle.models.gguf import convert_gguf
 if TYPE_CHECKING:
     import torch
 
-_WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-_NOT_WANTED = ["original/*", "consolidated*", "onnx/*"]  # second copies of the same weights
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt", "*.tiktoken", "*.bpe", "*.spm"]
+# Second copies of the same weights, also in folders such as checkpoint-500; templates do lie in a folder of their own.
+_NOT_WANTED = ["original/*", "consolidated*", "onnx/*", *(f"*/{name}" for name in _WANTED if name != "*.jinja")]
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -86,7 +87,7 @@ def _download(name: str, revision: str | None, token: str | None, patterns: list
 
 def _checked(name: str, folder: Path, weights: bool) -> Checkpoint:
     adapter = folder / "adapter_config.json"
-    if adapter.exists() and not (folder / "config.json").exists():
+    if adapter.exists() and not _holds_model(folder):
         if weights:
             _check_adapter_weights(folder)
         return Checkpoint(name, folder, read_json(adapter))
@@ -103,6 +104,13 @@ def _checked(name: str, folder: Path, weights: bool) -> Checkpoint:
     return Checkpoint(name, folder)
 
 
+def _holds_model(folder: Path) -> bool:
+    """Some tools put the base model's config.json beside an adapter; weights tell the two apart."""
+    return (folder / "config.json").exists() and any(
+        entry.name == "model.safetensors.index.json" or (entry.name.startswith(("model", "pytorch_model"))
+        and entry.suffix in (".safetensors", *_PICKLES)) for entry in folder.iterdir())
+
+
 def _check_adapter_weights(folder: Path) -> None:
     weights = folder / "adapter_model.safetensors"
     if weights.exists():
@@ -116,10 +124,10 @@ def _check_adapter_weights(folder: Path) -> None:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors shards of a whole model, all of which exist."""
+    if (folder / "model.safetensors").exists():  # which transformers reads, even with an index beside it
+        return [folder / "model.safetensors"]
     index = folder / "model.safetensors.index.json"
     if not index.exists():
-        if (folder / "model.safetensors").exists():
-            return [folder / "model.safetensors"]
         pickles = sorted(entry.name for entry in folder.iterdir() if entry.suffix in _PICKLES)
         if pickles:
             raise _pickle_error(folder, pickles, "transformers")
@@ -163,6 +171,8 @@ def check_finite(tensors: "Iterable[tuple[str, torch.Tensor]]", where: str) -> N
     import torch
 
     for name, tensor in tensors:
+        if tensor.is_meta:  # kept on disk or elsewhere: nothing here to look at
+            continue
         # The sum alone tells, at memory speed; only a sum that overflowed needs the slow look.
         if tensor.is_floating_point() and tensor.itemsize > 1 and not tensor.sum(dtype=torch.float32).isfinite():
             bad = int((~torch.isfinite(tensor)).sum())

@@ -20,6 +20,7 @@ def fit_context(config: "PretrainedConfig", max_seq_length: int | None) -> int:
     Raises:
         OptionError: not a positive number, or longer than a model can be stretched to.
     """
+    config = config.get_text_config()
     limit = context_limit(config)
     if max_seq_length is None:
         return min(DEFAULT_LENGTH, limit) if limit else DEFAULT_LENGTH
@@ -29,7 +30,7 @@ def fit_context(config: "PretrainedConfig", max_seq_length: int | None) -> int:
     if limit is None or max_seq_length <= limit:
         return max_seq_length
     rope: dict[str, Any] | None = getattr(config, "rope_parameters", None)
-    if not rope or rope.get("rope_type") != "default":
+    if not rope or not can_stretch(config):
         kind = "no rotary embedding" if not rope else rope.get("rope_type", "a different rule for each kind of layer")
         raise OptionError("the model cannot be stretched to this length", where="max_seq_length",
                           found=f"{max_seq_length:,} tokens, rotary scaling: {kind}", expected=f"at most {limit:,}",
@@ -42,8 +43,15 @@ def fit_context(config: "PretrainedConfig", max_seq_length: int | None) -> int:
     return max_seq_length
 
 
+def can_stretch(config: "PretrainedConfig") -> bool:
+    """Whether `fit_context` can make the model longer: it has rotary positions that are not scaled yet."""
+    rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    return bool(rope.get("rope_type") == "default")
+
+
 def context_limit(config: "PretrainedConfig") -> int | None:
     """The longest sequence the model was made for, in tokens, or None if it has no limit."""
+    config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
     if limit and rope.get("rope_type") == "yarn":  # some checkpoints state the length before the stretch

@@ -38,14 +38,16 @@ def generate_texts(model: Any, tokenizer: "PreTrainedTokenizerBase", conversatio
     prompts = [_encode(tokenizer, item) for item in conversations_or_prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     stops = _stops(model, tokenizer)
+    # Padding is masked; any token will do where the tokenizer has none for it.
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
     config = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=temperature > 0, use_cache=True, eos_token_id=stops,
-        pad_token_id=tokenizer.pad_token_id, **({"temperature": temperature, "top_k": 0} if temperature > 0 else {}))
+        max_new_tokens=max_new_tokens, do_sample=temperature > 0, use_cache=True, eos_token_id=stops or None,
+        pad_token_id=pad, **({"temperature": temperature, "top_k": 0} if temperature > 0 else {}))
     answers = [""] * len(prompts)
     with _answering(model, config):
         for start in range(0, len(order), batch_size):
             chosen = order[start:start + batch_size]
-            ids, mask = _pad_left([prompts[i] for i in chosen], tokenizer.pad_token_id, model.device)
+            ids, mask = _pad_left([prompts[i] for i in chosen], pad, model.device)
             output = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
             for i, row in zip(chosen, output[:, ids.shape[1]:].tolist(), strict=True):
                 # A token that ends the answer is no part of it, though not every one of them is a special token.
@@ -110,7 +112,10 @@ def _choose(logits: torch.Tensor, temperature: float, top_p: float) -> int:
 
 def _encode(tokenizer: "PreTrainedTokenizerBase", item: Messages | str) -> list[int]:
     if isinstance(item, str):
-        return tokenizer(item)["input_ids"]
+        ids: list[int] = tokenizer(item)["input_ids"]
+        # A prompt rendered with the chat template brings its first token along; once is enough.
+        bos = tokenizer.bos_token_id
+        return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids
     if not tokenizer.chat_template:
         raise OptionError("the tokenizer has no chat template", where="tokenizer", found="messages",
                           expected="plain texts, or a tokenizer with a chat template",
@@ -129,7 +134,7 @@ def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[to
 def _stops(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     stops = model.generation_config.eos_token_id
     stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    return list(dict.fromkeys([*stops, tokenizer.eos_token_id]))
+    return list(dict.fromkeys([*stops, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
 
 
 def _check(max_new_tokens: int, batch_size: int, temperature: float) -> None:

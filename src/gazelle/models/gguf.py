@@ -37,6 +37,10 @@ def convert_gguf(path: Path) -> Path:
     folder = cache_folder() / "gguf" / f"{path.stem}-{_digest(path)}"
     if not (folder / "config.json").exists():
         file = read_gguf(path)
+        if file.get("split.count", int, 1) > 1:
+            raise ModelError("this GGUF file is one part of several", where=str(path),
+                             found=f"split.count {file.metadata['split.count']}", expected="a whole model in one file",
+                             fix="join the parts: llama-gguf-split --merge first-part.gguf whole.gguf")
         family = FAMILIES.get(file.architecture)
         if family is None:
             raise ModelError("this kind of GGUF model is not supported", where=str(path), found=file.architecture,

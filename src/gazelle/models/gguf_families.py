@@ -81,6 +81,12 @@ def unpermute(weight: Array, heads: int) -> Array:
 def _rope(file: GgufFile, get: Callable[..., Any]) -> Config:
     rope: Config = {"rope_type": "default", "rope_theta": get("rope.freq_base", 10000.0)}
     kind = get("rope.scaling.type", "none")
+    known = {"phi3": ("none", "longrope"), "gemma3": ("none", "linear")}.get(file.architecture,
+                                                                             ("none", "linear", "yarn"))
+    if kind not in known:
+        raise ModelError("the GGUF file scales its rotary frequencies in an unknown way", where=str(file.path),
+                         found=f"rope.scaling.type {kind}", expected=", ".join(known),
+                         fix="use the model's safetensors checkpoint")
     if kind in ("linear", "yarn"):
         rope |= {"rope_type": kind, "factor": get("rope.scaling.factor")}
         if kind == "yarn":

@@ -4,14 +4,16 @@ import contextlib
 import inspect
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gazelle.adapters.load import put_adapter
 from gazelle.base.errors import ModelError, OptionError, nearest
 from gazelle.base.log import logger
 from gazelle.models import options
-from gazelle.models.checkpoint import Checkpoint, check_finite, find_checkpoint, weight_files
-from gazelle.models.context import fit_context
+from gazelle.models.checkpoint import Checkpoint, check_finite, find_checkpoint, read_json, weight_files
+from gazelle.models.context import can_stretch, context_limit, fit_context
+from gazelle.models.record import read_record
 from gazelle.models.special_tokens import align_special_tokens
 from gazelle.quantize.bnb import forbid_repacking, hush_int8_casts
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 _PASSED_ON = ("attn_implementation",)
+_NO_LENGTH = 10**9  # transformers' tokenizers state such a length if they have none
 
 
 def load_model(model_name: str, *, max_seq_length: int | None = None, dtype: "str | torch.dtype | None" = None,
@@ -33,9 +36,11 @@ def load_model(model_name: str, *, max_seq_length: int | None = None, dtype: "st
     Args:
         model_name: a model folder, a hub name, a `.gguf` file, or the folder or hub name of a PEFT adapter.
         max_seq_length: tokens per sequence. Longer than the model was made for: linear rotary scaling. Left out:
-            2048, or the model's limit if shorter. Kept as `model.max_seq_length`.
+            2048, or the model's limit if shorter; for an adapter of a stretched model, as far as that was stretched.
+            Kept as `model.max_seq_length`.
         dtype: what to compute in, such as "bfloat16"; None for what suits the device, "auto" for the checkpoint's own.
-        load_in_4bit: keep the linear weights in 4 bits. Left out: yes, unless 8 bits or full fine-tuning is asked for.
+        load_in_4bit: keep the linear weights in 4 bits. Left out: yes, unless 8 bits or full fine-tuning is asked for;
+            for an adapter that comes with a record (`record_base`), as they were kept in training.
         load_in_8bit: keep the linear weights in 8 bits (LLM.int8, https://arxiv.org/abs/2208.07339).
         full_finetuning: train all weights, which rules out quantised ones.
         quant_method: "nf4" (https://arxiv.org/abs/2305.14314) or "fp4", with the scales quantised as well.
@@ -66,8 +71,14 @@ def load_model(model_name: str, *, max_seq_length: int | None = None, dtype: "st
     base = checkpoint
     if checkpoint.adapter is not None:
         base = _base_of(checkpoint, hub)
+    record = read_record(checkpoint.folder) if checkpoint.adapter is not None else {}
+    if load_in_4bit is None and not load_in_8bit and not full_finetuning and "load_in_4bit" in record:
+        bits = options.bits(record["load_in_4bit"], record.get("load_in_8bit", False), False, quant_method)
+        quant_method = record.get("quant_method", quant_method)
 
     config = _config(base, trust_remote_code)
+    if checkpoint.adapter is not None and max_seq_length is None:
+        max_seq_length = _stretched(checkpoint, base, config, record)
     length = fit_context(config, max_seq_length)
     quantization = _quantization(config, bits, quant_method, wanted, full_finetuning)
     if quantization is not None:
@@ -81,6 +92,8 @@ def load_model(model_name: str, *, max_seq_length: int | None = None, dtype: "st
     align_special_tokens(model, tokenizer)
     tokenizer.model_max_length = length
     model.max_seq_length, model.tokens_in_use = length, len(tokenizer)
+    model.gazelle_loading = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, "quant_method": quant_method,
+                             "max_seq_length": length}  # for record_base
     if checkpoint.adapter is not None:
         model = put_adapter(model, checkpoint.folder, is_trainable=is_trainable)
     return model, tokenizer
@@ -129,6 +142,29 @@ def _config(base: Checkpoint, trust_remote_code: bool) -> "PretrainedConfig":
                          expected="a model type that transformers knows",
                          fix="update transformers, or pass trust_remote_code=True if you trust the repository's code"
                          ) from error
+
+
+def _stretched(checkpoint: Checkpoint, base: Checkpoint, config: "PretrainedConfig",
+               record: dict[str, Any]) -> int | None:
+    """The length to which the model was stretched when the adapter was trained, or None if it was not."""
+    limit = context_limit(config)
+    length = record.get("max_seq_length")
+    if length is None:
+        # Without a record the tokenizer tells, in which the length is kept too. Some base models' own tokenizers state
+        # a length above the model's limit: that is no stretch.
+        length = _stated_length(checkpoint.folder)
+        if length == _stated_length(base.folder) or not can_stretch(config):
+            return None
+    if limit is None or length is None or not limit < length < _NO_LENGTH:
+        return None
+    logger.info("The adapter was trained at %d tokens, beyond the model's %d.", length, limit)
+    return length
+
+
+def _stated_length(folder: Path) -> int | None:
+    path = folder / "tokenizer_config.json"
+    length = read_json(path).get("model_max_length") if path.exists() else None
+    return length if isinstance(length, int) else None
 
 
 def _quantization(config: "PretrainedConfig", bits: int, method: str, dtype: Any,

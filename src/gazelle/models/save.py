@@ -1,5 +1,7 @@
 """Writes a model to disk: merged into one plain checkpoint, or its adapter alone."""
 
+import contextlib
+import copy
 import re
 import shutil
 from collections.abc import Iterator
@@ -10,20 +12,22 @@ import torch
 from torch import Tensor
 
 from gazelle.adapters.merge import merged_tensors
-from gazelle.base.errors import OptionError, OutputError, nearest
+from gazelle.base.errors import ModelError, OptionError, OutputError, nearest
 from gazelle.base.files import check_writable, staged_folder
+from gazelle.models.record import RECORD, record_base
 from gazelle.models.shards import ShardWriter
 from gazelle.quantize.bnb import is_quantized_linear
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 _METHODS = ("merged_16bit", "lora")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What a saved model consists of. Anything else in the output folder is somebody's work.
-_OURS = ("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "adapter_config.json",
-         "README.md", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-         "chat_template*")
+_OURS = ("config.json", "generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors",
+         "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors", RECORD, "tokenizer.json",
+         "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+         "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates")
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -49,8 +53,10 @@ def save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase | None", folder:
 
     Raises:
         OptionError: an unknown method, dtype or size; "lora" for a model without an adapter.
-        OutputError: the folder cannot be written to, holds the base model or other files, or the disk is too full.
-        ModelError: the adapter is of a kind that cannot be merged.
+        OutputError: the folder cannot be written to, holds the base model, an adapter where a merged model is to go
+            (or the reverse) or other files, or the disk is too full.
+        ModelError: the adapter is of a kind that cannot be merged, or the weights are quantised in a way that cannot
+            be read back.
     """
     target = Path(folder).expanduser().absolute()
     if save_method not in _METHODS:
@@ -58,14 +64,18 @@ def save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase | None", folder:
                           expected=" or ".join(_METHODS), fix=nearest(save_method, _METHODS))
     kept_as = _dtype(dtype, model)
     limit = _bytes(max_shard_size)
-    _check_target(model, target)
+    _check_target(model, target, save_method)
     if save_method == "lora":
         return _save_adapter(model, tokenizer, target)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    _check_readable(base)
+    generation = _generation_config(base)
     _check_space(target, _numel(base) * kept_as.itemsize)
     with staged_folder(target) as staging:
         tied = _write_weights(model, base, kept_as, limit, staging)
         _write_configs(base, kept_as, tied, staging)
+        if generation is not None:
+            generation.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
     return target
@@ -91,18 +101,59 @@ def _bytes(size: str | int) -> int:
     return max(1, int(float(match[1]) * _SIZES[match[2].upper()]))
 
 
-def _check_target(model: Any, target: Path) -> None:
+def _check_target(model: Any, target: Path, save_method: str) -> None:
     check_writable(target)
     source = Path(str(getattr(model.config, "_name_or_path", "") or "."))
     if target.exists() and source.is_dir() and (source / "config.json").exists() and source.samefile(target):
         raise OutputError("this folder holds the model that was loaded", where=str(target), found="the base model",
                           expected="another folder", fix="choose another output folder")
-    others = [entry.name for entry in target.iterdir() if not any(entry.match(name) for name in _OURS)] \
-        if target.exists() else []
+    present = sorted(target.iterdir()) if target.exists() else []
+    names = {entry.name for entry in present}
+    lost, kept = ("adapter_config.json", "an adapter") if save_method == "merged_16bit" else ("config.json", "a model")
+    if lost in names:
+        raise OutputError(f"the folder holds {kept}, which would be lost", where=str(target), found=lost,
+                          expected="a new folder, or one with a model saved in the same way",
+                          fix="choose a folder of its own for each")
+    others = [entry.name for entry in present if not _is_ours(entry)]
     if others:
         raise OutputError("the folder holds other files, which would be lost", where=str(target),
                           found=", ".join(sorted(others)), expected="a new folder, or one with a saved model alone",
                           fix="choose a folder of its own for the model")
+
+
+def _is_ours(entry: Path) -> bool:
+    if entry.name == "README.md":  # PEFT writes an empty form; anything else is somebody's text
+        text = entry.read_text(encoding="utf-8", errors="replace")
+        return "library_name: peft" in text and "# Model Card for Model ID" in text
+    return any(entry.match(name) for name in _OURS)
+
+
+def _check_readable(base: Any) -> None:
+    settings = getattr(base.config, "quantization_config", None)
+    method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
+    kind = str(getattr(method, "value", method))
+    if settings is not None and not kind.startswith("bitsandbytes"):
+        raise ModelError("the weights are quantised in a way that cannot be merged", where="save_method",
+                         found=f"{kind} weights", expected="unquantised or bitsandbytes weights",
+                         fix='save the adapter alone with save_method="lora", or load the original model')
+
+
+def _generation_config(base: Any) -> "GenerationConfig | None":
+    """What is written as generation_config.json: settings that need sampling switch it on, as transformers asks."""
+    config: GenerationConfig | None = copy.deepcopy(base.generation_config)
+    if config is None:
+        return None
+    try:
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            config.do_sample = True
+            config.validate(strict=True)
+    except ValueError as error:
+        raise ModelError("the settings for generation contradict each other", where="model.generation_config",
+                         found=str(error), expected="settings that transformers can save",
+                         fix="correct model.generation_config") from error
+    return config
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -132,6 +183,7 @@ def _save_adapter(model: Any, tokenizer: "PreTrainedTokenizerBase | None", targe
         model.save_pretrained(str(staging), save_embedding_layers=False)
         mode = (staging / "adapter_config.json").stat().st_mode
         (staging / "adapter_model.safetensors").chmod(mode)  # safetensors makes its files private, whatever the umask
+        record_base(model, staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
     return target
@@ -142,10 +194,26 @@ def _write_weights(model: Any, base: Any, dtype: torch.dtype, limit: int, folder
     tied_names = dict(getattr(base, "all_tied_weights_keys", {}))
     tied = _still_tied(model, tied_names)
     writer = ShardWriter(folder, limit)
-    for name, tensor in _disk_tensors(model, base, tied_names if tied else {}):
-        writer.add(name, tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype))
+    with _plain_conversions(base):
+        for name, tensor in _disk_tensors(model, base, tied_names if tied else {}):
+            writer.add(name, tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype))
     writer.close()
     return tied
+
+
+@contextlib.contextmanager
+def _plain_conversions(base: Any) -> Iterator[None]:
+    """Hide how a quantised checkpoint was read: the tensors written are plain, and that has no reverse."""
+    conversions = getattr(base, "_weight_conversions", None)
+    if not conversions:
+        yield
+        return
+    base._weight_conversions = [conversion for conversion in conversions if not any(
+        hasattr(operation, "hf_quantizer") for operation in getattr(conversion, "operations", ()))]
+    try:
+        yield
+    finally:
+        base._weight_conversions = conversions
 
 
 def _disk_tensors(model: Any, base: Any, tied_names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
@@ -177,5 +245,3 @@ def _write_configs(base: Any, dtype: torch.dtype, tied: bool, folder: Path) -> N
         config.get_text_config().tie_word_embeddings = False
         config.tie_word_embeddings = False
     config.save_pretrained(folder)
-    if base.generation_config is not None:
-        base.generation_config.save_pretrained(folder)

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from gazelle.base.errors import ModelError
 from gazelle.base.log import logger
+from gazelle.data.spans import Renderer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +47,25 @@ def align_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokeniz
     model.config.get_text_config().eos_token_id = tokenizer.eos_token_id
     if generation is not None:
         generation.eos_token_id = stops if len(stops) > 1 else stops[0]
+    stop_at_end_of_turn(model, tokenizer)
+
+
+def stop_at_end_of_turn(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Let generation stop at the token that ends an answer in the chat template, in place.
+
+    That token need not be EOS: base models with a borrowed template would run on past their answer.
+    """
+    generation = model.generation_config
+    if generation is None or not tokenizer.chat_template:
+        return
+    closing = Renderer(tokenizer).closing
+    if not closing:
+        return
+    end = tokenizer(closing, add_special_tokens=False)["input_ids"][-1]
+    stops = generation.eos_token_id
+    stops = list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
+    if end not in stops:
+        generation.eos_token_id = [*stops, end]
 
 
 def _choose_pad(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", rows: int) -> None:

@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
 from gazelle.base.device import default_device
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import say_once
+from gazelle.base.optional import OPTIONAL, require
 
 # Spellings that earlier releases of transformers and TRL took, and what they are called now.
 RENAMED = {
@@ -18,6 +20,7 @@ RENAMED = {
     "max_seq_length": "max_length",
     "dataset_format": "data_format",
     "no_cuda": "use_cpu",
+    "warmup_ratio": "warmup_steps",  # which takes a share of the steps as well
     "per_gpu_train_batch_size": "per_device_train_batch_size",
     "per_gpu_eval_batch_size": "per_device_eval_batch_size",
 }
@@ -32,12 +35,15 @@ DROPPED = {
     "padding_free": "rows are always packed without padding where the model allows it",
     "assistant_only_loss": 'say train_on="responses" (the default) or train_on="all"',
     "completion_only_loss": 'say train_on="responses" (the default) or train_on="all"',
+    "logging_dir": "set it in the environment of the tool that is reported to",
     "fp16_backend": "transformers dropped it",
     "half_precision_backend": "transformers dropped it",
     "push_to_hub_token": "use hub_token",
 }
 
 
+# Options whose values are never written down.
+SECRETS = ("hub_token", "push_to_hub_token")
 # Paging moves optimizer state between a GPU and its host; on a CPU there is nothing to page.
 UNPAGED = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch", "paged_lion_8bit": "lion_8bit",
            "paged_lion_32bit": "lion_32bit"}
@@ -113,8 +119,8 @@ def fit_to_cpu(config: Any) -> None:
     if config.fp16 or config.bf16:
         say_once(f"{'fp16' if config.fp16 else 'bf16'}=True needs a GPU; training in float32")
         config.fp16 = config.bf16 = False
-    if unpaged := UNPAGED.get(str(config.optim)):
-        say_once(f"{config.optim} needs a GPU; training with {unpaged}")
+    if unpaged := UNPAGED.get(getattr(config.optim, "value", config.optim)):
+        say_once(f"a paged optimizer needs a GPU; training with {unpaged}")
         config.optim = unpaged
     config.dataloader_pin_memory = False
 
@@ -127,6 +133,8 @@ def current_names(options: dict[str, Any]) -> dict[str, Any]:
     """
     known = {option.name for option in dataclasses.fields(_SFTArguments) if option.init}
     current: dict[str, Any] = {}
+    if options.get("warmup_steps") == 0 and "warmup_ratio" in options:
+        options = {name: value for name, value in options.items() if name != "warmup_steps"}
     for name, value in options.items():
         if name in DROPPED and name not in known:
             say_once(f"{name} has no effect: {DROPPED[name]}")
@@ -143,34 +151,62 @@ def current_names(options: dict[str, Any]) -> dict[str, Any]:
     return current
 
 
-def from_training_arguments(args: TrainingArguments) -> SFTConfig:
-    """An `SFTConfig` with the values of plain `transformers.TrainingArguments`, or `args` itself if it is one."""
-    if isinstance(args, SFTConfig):
-        return args
-    taken = {option.name: getattr(args, option.name) for option in dataclasses.fields(TrainingArguments)
-             if option.init and not option.name.startswith("_")}
-    return SFTConfig(**taken)
+def with_options(args: TrainingArguments | None, options: dict[str, Any] | None = None) -> SFTConfig:
+    """A new `SFTConfig` with the values of `args` (ours, transformers' or TRL's) and `options` over them.
+
+    Always a new object: what the trainer fills in must not reach a config that the caller uses again.
+    """
+    known = {option.name for option in dataclasses.fields(_SFTArguments) if option.init}
+    taken: dict[str, Any] = {}
+    for option in dataclasses.fields(args) if args is not None else ():
+        value = getattr(args, option.name, None)
+        if option.name in known:
+            taken[option.name] = value
+        elif option.init and value != option.default and option.default_factory is dataclasses.MISSING:
+            say_once(f"{type(args).__name__}.{option.name} has no effect here"
+                     + (f": {DROPPED[option.name]}" if option.name in DROPPED else ""))
+    return SFTConfig(**(taken | current_names(options or {})))
 
 
-def check_values(config: _SFTArguments) -> None:
+def check_values(config: Any) -> None:
     """Raise `OptionError` for a value that would only fail later, in the middle of the work."""
+    for name in ("eval_strategy", "save_strategy", "logging_strategy"):
+        if getattr(config, name) is False:
+            setattr(config, name, "no")  # YAML reads an unquoted no as False
     counts = ["per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"]
     if config.max_length is not None:
         counts.append("max_length")
     for name in counts:
         _check(name, getattr(config, name), "a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1)
-    _check("learning_rate", config.learning_rate, "a number above 0",
-           lambda v: isinstance(v, int | float) and v > 0)
+    _check("learning_rate", config.learning_rate, "a number above 0", lambda v: isinstance(v, int | float) and v > 0)
     _check("num_train_epochs", config.num_train_epochs, "a number above 0",
            lambda v: isinstance(v, int | float) and (v > 0 or config.max_steps > 0))
-    for name, kinds in (("optim", OptimizerNames), ("lr_scheduler_type", SchedulerType),
-                        ("eval_strategy", IntervalStrategy), ("save_strategy", SaveStrategy)):
-        value, known = getattr(config, name), [kind.value for kind in kinds]
+    _check("max_steps", config.max_steps, "-1 (count epochs) or at least 1",
+           lambda v: isinstance(v, int) and (v == -1 or v >= 1))
+    _check("warmup_steps", config.warmup_steps, "0 or more steps, or a share of them below 1",
+           lambda v: isinstance(v, int | float) and v >= 0)
+    if str(config.train_sampling_strategy) == "group_by_length":
+        say_once("train_sampling_strategy='group_by_length' has no effect: " + DROPPED["group_by_length"])
+        config.train_sampling_strategy = "random"
+    choices = {
+        "optim": [kind.value for kind in OptimizerNames], "lr_scheduler_type": [kind.value for kind in SchedulerType],
+        "eval_strategy": [kind.value for kind in IntervalStrategy],
+        "save_strategy": [kind.value for kind in SaveStrategy],
+        "train_sampling_strategy": ["random", "sequential"], "packing_strategy": ["bfd", "wrapped"],
+        "train_on": ["responses", "all"],
+    }
+    for name, known in choices.items():
+        value = getattr(config, name)
         if getattr(value, "value", value) not in known:
             raise OptionError("a training option has a value that cannot be used", where=name, found=repr(value),
                               expected="one of " + ", ".join(known), fix=nearest(str(value), known))
-    _check("packing_strategy", config.packing_strategy, "'bfd' or 'wrapped'", lambda v: v in ("bfd", "wrapped"))
-    _check("train_on", config.train_on, "'responses' or 'all'", lambda v: v in ("responses", "all"))
+    for name in [config.report_to] if isinstance(config.report_to, str) else config.report_to or ():
+        if name in OPTIONAL:
+            require(name)
+        elif name not in ("none", "all") and name not in get_available_reporting_integrations():
+            raise OptionError("no such place to report to, or its package is not installed", where="report_to",
+                              found=name, expected="none, all, tensorboard, wandb, or another that transformers knows",
+                              fix=f"pip install {name}, or report_to: none")
 
 
 def _check(name: str, value: object, expected: str, accepts: Any) -> None:

@@ -1,6 +1,6 @@
 """From whatever was passed as `train_dataset` to batches: rows become bins, bins become padding-free batches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +11,11 @@ from gazelle.data.encode import Encoded, Example
 from gazelle.data.packing import pack, wrap
 
 
-class Bins(Dataset[list[Example]]):
-    """A map-style data set whose entries are lists of rows that share one slot of a batch."""
+class Bins(Dataset[dict[str, Any]]):
+    """A map-style data set whose entries are lists of rows that share one slot of a batch.
+
+    An entry shows the ids and labels of its rows end to end, for people who look at `trainer.train_dataset[0]`.
+    """
 
     def __init__(self, bins: Sequence[list[Example]]) -> None:
         self.bins = bins
@@ -20,8 +23,10 @@ class Bins(Dataset[list[Example]]):
     def __len__(self) -> int:
         return len(self.bins)
 
-    def __getitem__(self, index: int) -> list[Example]:
-        return self.bins[index]
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        rows = self.bins[index]
+        return {"input_ids": [token for row in rows for token in row.input_ids],
+                "labels": [label for row in rows for label in row.labels], "rows": rows}
 
 
 def make_bins(encoded: Encoded, *, packing: bool, strategy: str, capacity: int) -> Bins:
@@ -35,18 +40,19 @@ def make_bins(encoded: Encoded, *, packing: bool, strategy: str, capacity: int) 
 
 
 class Collator:
-    """Joins the bins of a batch: end to end where the model takes packed rows, else padded on the right.
+    """Joins the entries of `Bins` to a batch: end to end where the model takes packed rows, else padded on the right.
 
     Args:
-        pad_token_id: None for packed batches, else the id to pad with.
+        packed: end to end.
+        pad_token_id: what to pad with otherwise.
     """
 
-    def __init__(self, pad_token_id: int | None) -> None:
-        self.pad_token_id = pad_token_id
+    def __init__(self, packed: bool, pad_token_id: int) -> None:
+        self.packed, self.pad_token_id = packed, pad_token_id
 
-    def __call__(self, bins: list[list[Example]]) -> dict[str, Any]:
-        rows = [row for bin_ in bins for row in bin_]
-        if self.pad_token_id is not None:
+    def __call__(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
+        rows = [row for entry in entries for row in entry["rows"]]
+        if not self.packed:
             return collate_padded(rows, self.pad_token_id)
         batch: dict[str, Any] = collate(rows)
         # transformers hands these names through to the attention function (FlashAttentionKwargs).
@@ -56,17 +62,23 @@ class Collator:
 
 
 class DictRows(Dataset[dict[str, list[int]]]):
-    """The rows as dictionaries, for a collator that the caller brought."""
+    """The rows as dictionaries, for a collator that the caller brought.
 
-    def __init__(self, rows: Sequence[Example]) -> None:
-        self.rows = rows
+    Args:
+        rows: the rows.
+        labels: False for a collator that makes labels itself.
+    """
+
+    def __init__(self, rows: Sequence[Example], labels: bool = True) -> None:
+        self.rows, self.labels = rows, labels
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         row = self.rows[index]
-        return {"input_ids": row.input_ids, "attention_mask": [1] * len(row.input_ids), "labels": row.labels}
+        entry = {"input_ids": list(row.input_ids), "attention_mask": [1] * len(row.input_ids)}
+        return entry | {"labels": list(row.labels)} if self.labels else entry
 
 
 def labelled_targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,6 +93,3 @@ def labelled_targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     shifted = labels[0, 1:]
     positions = (shifted != -100).nonzero()[:, 0]
     return positions, shifted[positions]
-
-
-CollatorLike = Callable[[list[Any]], dict[str, Any]]

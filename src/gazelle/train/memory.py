@@ -3,11 +3,14 @@
 A deliberately high estimate, good for one yes or no; a plan that predicts memory by part belongs to the engine.
 """
 
+import heapq
 from typing import Any
 
 import torch
 
 from gazelle.base.log import logger
+from gazelle.data.encode import Encoded
+from gazelle.train.config import SFTConfig
 
 # Tensors of hidden (and of intermediate) size that autograd keeps for one decoder layer with LoRA on all linears:
 # inputs of norms and linears, q, k, v, attention output; gate, up, their product and its input.
@@ -28,11 +31,17 @@ def activation_bytes(config: Any, tokens: int, labelled: int, itemsize: int) -> 
     return tokens * config.num_hidden_layers * layer * itemsize + labelled * config.vocab_size * (itemsize + 8)
 
 
-def choose_checkpointing(model: Any, tokens: int, labelled: int) -> bool:
+def choose_checkpointing(model: Any, rows: Encoded, settings: SFTConfig, *, packed: bool) -> bool:
     """Turn checkpointing on if the activations of a batch would not fit in what the GPU has free; True if it did.
 
     Nothing is done on a CPU, for a model whose checkpointing was set to True or False, or for a config without the
     usual sizes.
+
+    Args:
+        model: the model, with or without an adapter.
+        rows: what it is to be trained on.
+        settings: batch size, packing and longest row.
+        packed: rows lie end to end, and only labelled tokens reach the head.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = base.config.get_text_config()
@@ -41,6 +50,7 @@ def choose_checkpointing(model: Any, tokens: int, labelled: int) -> bool:
         return False
     if not all(hasattr(config, name) for name in ("hidden_size", "intermediate_size", "num_hidden_layers")):
         return False
+    tokens, labelled = largest_batch(rows, settings, packed=packed)
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     free = torch.cuda.mem_get_info(model.device)[0] - OPTIMIZER_BYTES * trainable
     needed = activation_bytes(config, tokens, labelled, model.dtype.itemsize)
@@ -51,3 +61,16 @@ def choose_checkpointing(model: Any, tokens: int, labelled: int) -> bool:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
     return True
+
+
+def largest_batch(rows: Encoded, settings: SFTConfig, *, packed: bool) -> tuple[int, int]:
+    """Tokens, and tokens that reach the head, of the largest micro-batch that these rows can make."""
+    count = settings.per_device_train_batch_size
+    lengths = heapq.nlargest(count, (len(row.input_ids) for row in rows.examples))
+    if not packed:
+        return count * lengths[0], count * lengths[0]
+    if settings.packing:
+        tokens = count * (settings.max_length or lengths[0])
+        return tokens, tokens
+    return sum(lengths), sum(heapq.nlargest(count, (len(row.labels) - list(row.labels).count(-100)
+                                                    for row in rows.examples)))

@@ -4,7 +4,10 @@ import io
 from pathlib import Path
 from typing import Any
 
-INK, TRAIN, EVAL = "#334155", "#c2681f", "#1f6fc2"
+from gazelle.train.metrics import is_eval_loss
+
+INK = "#334155"
+COLOURS = ("#c2681f", "#1f6fc2", "#2f855a", "#7c3aed", "#b83280")
 
 
 def curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[str, list[float], list[float]]]]:
@@ -14,8 +17,12 @@ def curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[str, list[floa
         entries = [entry for entry in metrics if entry.get(key) is not None]
         return label, [entry["step"] for entry in entries], [entry[key] for entry in entries]
 
+    def label(name: str) -> str:
+        return "evaluation " + name.removeprefix("eval_").removesuffix("loss").strip("_")
+
+    evaluations = sorted({name for entry in metrics for name in entry if is_eval_loss(name)})
     panels = {
-        "Loss": [line("training", "loss"), line("evaluation", "eval_loss")],
+        "Loss": [line("training", "loss"), *(line(label(name), name) for name in evaluations)],
         "Learning rate": [line("learning rate", "learning_rate")],
         "Tokens per second": [line("tokens/s", "tokens_per_second")],
     }
@@ -30,8 +37,8 @@ def _figure(title: str, lines: list[tuple[str, list[float], list[float]]], size:
 
     figure = Figure(figsize=size, layout="constrained")
     axes = figure.add_subplot()
-    for label, steps, values in lines:
-        colour = EVAL if label == "evaluation" else TRAIN
+    for number, (label, steps, values) in enumerate(lines):
+        colour = COLOURS[number % len(COLOURS)]
         axes.plot(steps, values, color=colour, label=label, linewidth=1.8, marker="o" if len(steps) < 30 else None,
                   markersize=3.5)
     axes.set_title(title, loc="left", fontsize=11, color=INK)

@@ -7,14 +7,14 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gazelle.base.errors import DataError
+from gazelle.base.log import say_once
 from gazelle.data.conversation import Conversation
 from gazelle.data.encode import Encoded, Example, encode
 from gazelle.data.load import load_conversations
 from gazelle.data.report import DataReport, data_report
 from gazelle.data.templates import ensure_template
+from gazelle.models.context import fit_context
 from gazelle.train.config import SFTConfig
-
-DEFAULT_LENGTH = 2048  # tokens; a model's own limit can be a hundred times what anyone trains on
 
 
 @dataclass
@@ -54,7 +54,9 @@ def encode_rows(
     formatting_func: Callable[[Any], Any] | None = None,
 ) -> Prepared:
     """`prepare` without a model: its tokenizer and `config.max_length` (which must be set) are all it takes."""
-    max_length = config.max_length or DEFAULT_LENGTH
+    max_length = config.max_length
+    if max_length is None:
+        raise ValueError("encode_rows needs config.max_length")
     ensure_template(tokenizer, model_type, config.chat_template)
     conversations: list[Conversation] = []
 
@@ -65,9 +67,11 @@ def encode_rows(
             source, format=config.data_format, columns=_columns(config), split=split, system=config.system,
             formatting_func=formatting_func, text_column=config.dataset_text_field, token=config.hub_token,
         )
+        if config.dataset_text_field and loaded.format not in ("text", "formatting_func"):
+            say_once(f"no column is called {config.dataset_text_field!r}; the rows are taken as {loaded.format}")
         conversations[:] = loaded.conversations
         return encode(loaded.conversations, tokenizer, max_length=max_length, train_on=config.train_on,
-                      source=loaded.source, format=loaded.format)
+                      source=loaded.source, format=loaded.format, unused=loaded.unused)
 
     train = None if train_dataset is None else encoded(train_dataset, "train")
     evaluation: Encoded | dict[str, Encoded] | None = None
@@ -82,29 +86,42 @@ def encode_rows(
 
 def row_limit(model: PreTrainedModel, config: SFTConfig) -> int:
     """Longest row in tokens: the config's, else what the model was loaded for, else its limit but at most 2048."""
-    if config.max_length:
-        return config.max_length
-    loaded_for = getattr(model, "max_seq_length", None)
-    return loaded_for or min(getattr(model.config, "max_position_embeddings", DEFAULT_LENGTH), DEFAULT_LENGTH)
+    return config.max_length or getattr(model, "max_seq_length", None) or fit_context(model.config, None)
 
 
 def encoded_already(source: Any, max_length: int) -> Encoded | None:
-    """Rows that hold `input_ids` are taken as they are (and cut at `max_length`); None for any other kind of data."""
+    """Rows that hold `input_ids` are taken as they are, cut at `max_length`; None for any other kind of data.
+
+    Positions that `attention_mask` leaves out are padding and are dropped. Without `labels` every token is learnt.
+
+    Raises:
+        DataError: no rows, a row without tokens, or columns of different lengths.
+    """
     columns = getattr(source, "column_names", None)
     if columns is None and isinstance(source, list) and source and isinstance(source[0], dict):
         columns = list(source[0])
     if not isinstance(columns, list) or "input_ids" not in columns:
         return None
-    examples = []
-    for number, row in enumerate(source, start=1):
-        ids = list(row["input_ids"])[:max_length]
-        labels = list(row["labels"] if row.get("labels") is not None else row["input_ids"])[:max_length]
-        if len(ids) != len(labels):
-            raise DataError("ids and labels differ in length", where=f"row {number}",
-                            found=f"{len(ids)} ids, {len(labels)} labels", expected="one label a token",
-                            fix="use -100 as the label of a token that is not learnt")
-        examples.append(Example(ids, [-100, *labels[1:]], f"row {number}"))
+    examples = [_tokenised(row, f"row {number}", max_length) for number, row in enumerate(source, start=1)]
+    if not examples:
+        raise DataError("there are no rows", where="data", found="0 rows", expected="at least one row",
+                        fix="check the source")
     return Encoded(examples)
+
+
+def _tokenised(row: Mapping[str, Any], where: str, max_length: int) -> Example:
+    ids = list(row["input_ids"])
+    labels = ids if row.get("labels") is None else list(row["labels"])
+    mask = [1] * len(ids) if row.get("attention_mask") is None else list(row["attention_mask"])
+    if not len(ids) == len(labels) == len(mask):
+        raise DataError("ids, labels and attention mask differ in length", where=where,
+                        found=f"{len(ids)} ids, {len(labels)} labels, {len(mask)} mask entries",
+                        expected="one of each a token", fix="use -100 as the label of a token that is not learnt")
+    kept = [position for position, real in enumerate(mask) if real][:max_length]
+    if not kept:
+        raise DataError("a row has no tokens", where=where, found="no input_ids outside the padding",
+                        expected="at least one token", fix="remove the row")
+    return Example([ids[at] for at in kept], [-100, *(labels[at] for at in kept[1:])], where)
 
 
 def _columns(config: SFTConfig) -> dict[str, str] | None:

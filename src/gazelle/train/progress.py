@@ -9,6 +9,7 @@ from rich.progress import Progress as Bar
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gazelle.data.report import DataReport
+from gazelle.train.metrics import is_eval_loss
 
 
 class Progress(TrainerCallback):
@@ -37,7 +38,8 @@ class Progress(TrainerCallback):
         if self.console.is_terminal:
             self.console.print(self.report.table())
             for warning in self.report.warnings:
-                self.console.print(f"[yellow]! {warning}[/]")
+                # Warnings quote tokens such as [/INST], which are not to be taken for markup.
+                self.console.print(f"! {warning}", style="yellow", markup=False, highlight=False)
             self.bar = Bar(TextColumn("[bold]{task.description}"), BarColumn(bar_width=24),
                            TextColumn("{task.completed}/{task.total}"), TextColumn("{task.fields[figures]}"),
                            TimeElapsedColumn(), console=self.console)
@@ -61,8 +63,9 @@ class Progress(TrainerCallback):
         """Show the figures of a log entry."""
         if not state.is_world_process_zero or not logs:
             return
-        if "eval_loss" in logs:
-            self.say(f"step {state.global_step}/{state.max_steps} · evaluation loss {logs['eval_loss']:.4f}")
+        for name in filter(is_eval_loss, logs):
+            which = name.removeprefix("eval_").removesuffix("loss").replace("_", " ")
+            self.say(f"step {state.global_step}/{state.max_steps} · evaluation {which}loss {logs[name]:.4f}")
         if "loss" not in logs:
             return
         figures = (f"loss {logs['loss']:.4f} · lr {logs['learning_rate']:.2e} · {logs['tokens_per_second']:,.0f} tok/s"
@@ -76,6 +79,10 @@ class Progress(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave the last state of the line on the screen."""
+        self.stop()
+
+    def stop(self) -> None:
+        """Give the terminal back, also after an error."""
         if self.bar:
             self.bar.stop()
             self.bar = None

@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from gazelle.base.errors import OptionError, nearest
-from gazelle.train.config import SFTConfig, current_names
+from gazelle.train.config import SECRETS, SFTConfig, current_names
 
 
 class _Section(BaseModel):
@@ -80,7 +80,10 @@ class Recipe(_Section):
     def sft_config(self) -> SFTConfig:
         """The training settings of the recipe."""
         data = self.data
-        return SFTConfig(**self.train, output_dir=self.output_dir, data_format=data.format, columns=data.columns,
+        chosen = dict(self.train)
+        if data.eval or data.eval_fraction:
+            chosen.setdefault("eval_strategy", "epoch")  # rows held out are there to be looked at
+        return SFTConfig(**chosen, output_dir=self.output_dir, data_format=data.format, columns=data.columns,
                          system=data.system, train_on=data.train_on, chat_template=data.chat_template)
 
 
@@ -89,8 +92,10 @@ class Recipe(_Section):
         return self.lora.model_dump() if self.lora is not None else {}
 
     def as_yaml(self) -> str:
-        """The recipe with every default written out."""
-        return yaml.safe_dump(self.model_dump(), sort_keys=False, allow_unicode=True)
+        """The recipe with every default written out, and without tokens."""
+        content = self.model_dump()
+        content["train"] = {name: value for name, value in self.train.items() if name not in SECRETS}
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -120,6 +125,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         _override(content, override)
     recipe = parse_recipe(content, str(path))
+    recipe.output_dir = str(Path(recipe.output_dir).expanduser())
     for section, key in ((recipe.model, "name"), (recipe.data, "train"), (recipe.data, "eval")):
         value = getattr(section, key)
         if value and not Path(value).exists() and (path.parent / value).exists():
@@ -133,25 +139,31 @@ def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
         recipe = Recipe.model_validate(content)
     except pydantic.ValidationError as error:
         raise _readable(error, where) from error
+    try:
+        recipe.train = current_names(recipe.train)
+    except OptionError as error:
+        key = "train" if " " in error.found else f"train.{error.found}"
+        raise OptionError(error.what, where=f"{where}, {key}", found=error.found, expected=error.expected,
+                          fix=error.fix) from error
     if reserved := sorted(recipe.train.keys() & {"output_dir", "system", "train_on", "chat_template", "columns",
                                                  "data_format"}):
         raise OptionError("this option stands elsewhere in a recipe", where=f"{where}, train.{reserved[0]}",
                           found=f"train.{reserved[0]}", expected="output_dir at the top level, the others under data:",
                           fix=f"move {reserved[0]} out of train:")
-    try:
-        recipe.train = current_names(recipe.train)
-    except OptionError as error:
-        raise OptionError("no such training option", where=f"{where}, train.{error.found}", found=error.found,
-                          expected=error.expected, fix=error.fix) from error
     hints = typing.get_type_hints(SFTConfig)
     for name, value in recipe.train.items():
         recipe.train[name] = _typed(value, hints[name], f"{where}, train.{name}")
-    if recipe.model.full_finetuning and recipe.lora is not None and "lora" in content:
+    model = recipe.model
+    if model.full_finetuning and recipe.lora is not None and "lora" in content:
         raise OptionError("full fine-tuning and LoRA exclude each other", where=f"{where}, lora",
                           found="full_finetuning: true and a lora section", expected="one of them",
                           fix="write `lora: null`, or drop full_finetuning")
-    if recipe.model.full_finetuning:
-        recipe.lora = None
+    if recipe.lora is None and (model.load_in_4bit or model.load_in_8bit):
+        raise OptionError("quantised weights cannot be trained without an adapter", where=f"{where}, lora",
+                          found="lora: null and quantised weights", expected="a lora section, or weights as they are",
+                          fix="drop load_in_4bit and load_in_8bit, or write a lora section")
+    if model.full_finetuning or recipe.lora is None:
+        model.full_finetuning, recipe.lora = True, None
     return recipe
 
 

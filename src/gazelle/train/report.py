@@ -11,11 +11,10 @@ from transformers import TrainingArguments
 from gazelle.base.files import write_text
 from gazelle.base.machine import machine_facts
 from gazelle.data.report import DataReport
-from gazelle.train.metrics import metrics_path, read_metrics
+from gazelle.train.config import SECRETS
+from gazelle.train.metrics import is_eval_loss, metrics_path, read_metrics
 from gazelle.train.plot import loss_png, panel_svgs
 from gazelle.train.samples import Sample
-
-SECRETS = ("token", "api_key", "password", "secret")
 
 
 @dataclass(frozen=True)
@@ -28,6 +27,7 @@ class RunFacts:
     steps: int
     seconds: float
     tokens: int
+    tokens_per_second: float
     peak_memory: int
     adapter: dict[str, Any] | None
 
@@ -38,9 +38,9 @@ def write_report(args: TrainingArguments, facts: RunFacts, data: DataReport, sam
     metrics = read_metrics(metrics_path(args))
     loss_png(metrics, folder / "loss.png")
     losses = [entry["loss"] for entry in metrics if entry.get("loss") is not None]
-    evals = [entry["eval_loss"] for entry in metrics if entry.get("eval_loss") is not None]
+    evals = [value for entry in metrics for name, value in entry.items() if is_eval_loss(name) and value is not None]
     cards = [("optimizer steps", f"{facts.steps:,}"), ("training time", duration(facts.seconds)),
-             ("tokens per second", f"{facts.tokens / max(facts.seconds, 1e-9):,.0f}"),
+             ("tokens per second", f"{facts.tokens_per_second:,.0f}"),
              ("peak memory", f"{facts.peak_memory / 1e9:.1f} GB"),
              ("parameters trained", f"{facts.trainable / 1e6:,.1f} M ({facts.trainable / facts.parameters:.1%})")]
     if losses:
@@ -84,18 +84,14 @@ def _settings(args: TrainingArguments, facts: RunFacts) -> list[tuple[str, Any]]
 
 
 def _all_settings(args: TrainingArguments) -> list[tuple[str, Any]]:
-    return [(option.name, "(set)" if _secret(option.name) and getattr(args, option.name) else
+    return [(option.name, "(set)" if option.name in SECRETS and getattr(args, option.name) else
              _plain(getattr(args, option.name)))
             for option in sorted(fields(args), key=lambda item: item.name) if not option.name.startswith("_")]
 
 
-def _secret(name: str) -> bool:
-    return any(word in name for word in SECRETS) and name != "include_num_input_tokens_seen"
-
-
 def _plain(value: Any) -> Any:
-    if isinstance(value, list | tuple):
-        return " ".join(map(str, value))
+    if isinstance(value, list | tuple | set | frozenset):
+        return " ".join(sorted(map(str, value)))
     return getattr(value, "value", value)  # enums by their value
 
 

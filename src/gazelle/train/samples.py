@@ -26,13 +26,10 @@ class Sample:
 
 def pick_samples(conversations: list[Conversation], count: int) -> list[Sample]:
     """`count` conversations spread evenly over the data, each cut before its last assistant turn. Raw text has none."""
-    samples = []
-    for conversation in conversations:
-        messages = conversation.messages()
-        if messages and messages[-1]["role"] == "assistant" and len(messages) > 1:
-            samples.append(Sample(messages[:-1], str(messages[-1]["content"])))
-    step = max(len(samples) / count, 1)
-    return [samples[int(index * step)] for index in range(min(count, len(samples)))]
+    usable = [chat for chat in conversations if len(chat.turns) > 1 and chat.turns[-1].role == "assistant"]
+    step = max(len(usable) / count, 1)
+    chosen = [usable[int(index * step)].messages() for index in range(min(count, len(usable)))]
+    return [Sample(messages[:-1], str(messages[-1]["content"])) for messages in chosen]
 
 
 def answer_samples(

@@ -1,0 +1,76 @@
+"""What the trainer sorts out before it starts: precision, checkpoints to resume from, and settings that need others."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.trainer_utils import get_last_checkpoint
+
+from gazelle.base.errors import OptionError
+from gazelle.models.context import context_limit
+from gazelle.train.config import SFTConfig
+
+
+def match_precision(config: SFTConfig, model: PreTrainedModel) -> None:
+    """Compute in the model's own 16-bit type on a GPU unless the caller chose one."""
+    if model.device.type == "cpu" or config.bf16 or config.fp16:
+        return
+    config.bf16 = model.dtype == torch.bfloat16
+    config.fp16 = model.dtype == torch.float16
+    if config.bf16 or config.fp16:
+        config.mixed_precision = "bf16" if config.bf16 else "fp16"  # what the accelerator is built from
+
+
+def check_together(config: SFTConfig, model: PreTrainedModel, *, has_eval: bool, has_metrics: bool) -> None:
+    """Raise `OptionError` for settings that need one another, or the model, and do not have them."""
+    if not has_eval and getattr(config.eval_strategy, "value", config.eval_strategy) != "no":
+        raise OptionError("evaluation is asked for, but there are no evaluation rows", where="eval_strategy",
+                          found=str(getattr(config.eval_strategy, "value", config.eval_strategy)),
+                          expected="eval_dataset (in a recipe data.eval or data.eval_fraction)",
+                          fix="add evaluation rows, or set eval_strategy to \"no\"")
+    best = config.metric_for_best_model
+    if best is not None and not best.endswith("loss") and not has_metrics:
+        raise OptionError("no such metric to choose the best model by", where="metric_for_best_model", found=best,
+                          expected="eval_loss, or what compute_metrics returns", fix="write eval_loss")
+    limit = context_limit(model.config)
+    if config.max_length and limit and config.max_length > limit:
+        raise OptionError("rows would be longer than the model takes", where="max_length", found=str(config.max_length),
+                          expected=f"at most {limit}", fix=f"load the model with max_seq_length={config.max_length}, "
+                          f"which stretches it, or set max_length to {limit} or less")
+
+
+def check_checkpoint(resume: str | Path | bool | None, config: SFTConfig, model: Any) -> None:
+    """Raise `OptionError` if there is nothing sound to resume from, or if it was made with another adapter."""
+    if not resume:
+        return
+    folder = Path(str(config.output_dir if resume is True else resume))
+    if resume is True:
+        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if last is None:
+            raise OptionError("there is no checkpoint to resume from", where=str(folder),
+                              found="no checkpoint-N folder", expected="a folder in which training was started before",
+                              fix="leave resume_from_checkpoint out to start anew")
+        folder = Path(last)
+    try:
+        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError("this is not a checkpoint to resume from", where=str(folder),
+                          found=f"trainer_state.json: {error}", expected="a whole checkpoint-N folder",
+                          fix="name another checkpoint, or delete this one") from error
+    ours = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", "default"))
+    saved = folder / "adapter_config.json"
+    if ours is None or not saved.is_file():
+        return
+    theirs = json.loads(saved.read_text(encoding="utf-8"))
+    for name in ("peft_type", "r", "target_modules"):
+        mine, other = _plain(getattr(ours, name, None)), _plain(theirs.get(name))
+        if mine != other:
+            raise OptionError("the checkpoint was made with another adapter", where=f"{saved}, {name}",
+                              found=str(other), expected=str(mine), fix="resume with the settings it was started with")
+
+
+def _plain(value: Any) -> Any:
+    value = getattr(value, "value", value)
+    return sorted(value) if isinstance(value, set | list) else value
