@@ -48,11 +48,15 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System turn.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.0,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="4-bit weights. Default: as in training, else as they are stored.")
+    ] = False,
 ) -> None:
     """Talk to a model in the terminal. Questions can also be piped in, one a line."""
     from gazelle.cli.chat import chat_command
 
-    chat_command(model, system=system, max_new_tokens=max_new_tokens, temperature=temperature)
+    chat_command(model, system=system, max_new_tokens=max_new_tokens, temperature=temperature,
+                 load_in_4bit=load_in_4bit)
 
 
 @app.command()

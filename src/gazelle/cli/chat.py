@@ -1,16 +1,23 @@
 """`gazelle chat`."""
 
 import sys
+from pathlib import Path
 
 import typer
 
 from gazelle.facade.language_model import FastLanguageModel
 from gazelle.models.generate import stream_text
+from gazelle.models.record import RECORD
 
 
-def chat_command(model_name: str, *, system: str | None, max_new_tokens: int, temperature: float) -> None:
+def chat_command(
+    model_name: str, *, system: str | None, max_new_tokens: int, temperature: float, load_in_4bit: bool
+) -> None:
     """Answer what is typed, a line a turn, until the input ends or says /exit. /new forgets the conversation."""
-    model, tokenizer = FastLanguageModel.from_pretrained(model_name, load_in_4bit=None)
+    # An adapter's record says how its base was kept in training, and that is how it answers best.
+    recorded = (Path(model_name) / RECORD).exists()
+    model, tokenizer = FastLanguageModel.from_pretrained(
+        model_name, load_in_4bit=None if recorded and not load_in_4bit else load_in_4bit)
     FastLanguageModel.for_inference(model)
     interactive = sys.stdin.isatty()
     opening = [{"role": "system", "content": system}] if system else []

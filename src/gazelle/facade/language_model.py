@@ -7,6 +7,7 @@ from gazelle.adapters.lora import add_lora
 from gazelle.adapters.tokens import resize_token_embeddings
 from gazelle.base.log import log_to_terminal, say_once
 from gazelle.models.load import load_model
+from gazelle.models.record import record_base
 from gazelle.models.save import save_merged
 
 if TYPE_CHECKING:
@@ -146,6 +147,7 @@ def bind(model: Any) -> Any:
 def _save_adapter(self: "PeftModel", save_directory: str, *args: Any, **options: Any) -> None:
     """As in PEFT. Added tokens are saved as rows of their own, so a resized embedding need not be saved whole."""
     type(self).save_pretrained(self, str(save_directory), *args, **{"save_embedding_layers": False} | options)
+    record_base(self, save_directory)
 
 
 def _save_pretrained_merged(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from gazelle.base.device import check_device
+from gazelle.base.device import check_device, default_device
 from gazelle.base.errors import OptionError, OutputError
 from gazelle.base.files import check_writable, write_text
 from gazelle.data.load import load_conversations
@@ -112,8 +112,10 @@ def run(
     """
     check_folder(recipe, resume=resume, overwrite=overwrite)
     rows = check_recipe(recipe)
-    model, tokenizer = FastLanguageModel.from_pretrained(
-        recipe.model.name, **recipe.model.model_dump(exclude={"name"}))
+    options = recipe.model.model_dump(exclude={"name"})
+    if options["load_in_4bit"] is None and (recipe.model.device_map or default_device()) == "cpu":
+        options["load_in_4bit"] = False  # NF4 is there to save GPU memory; a CPU would pay for it with time
+    model, tokenizer = FastLanguageModel.from_pretrained(recipe.model.name, **options)
     if before_training is not None:
         before_training(model, tokenizer)
     if recipe.lora is not None:

@@ -29,6 +29,7 @@ from gazelle.base.files import check_writable
 from gazelle.base.log import say_once
 from gazelle.models.load import load_model
 from gazelle.models.packed import packed_attention_on, supports_packing
+from gazelle.models.record import record_base
 from gazelle.models.special_tokens import stop_at_end_of_turn
 from gazelle.train.config import with_options
 from gazelle.train.dataset import Bins, Collator, DictRows, make_bins
@@ -184,7 +185,10 @@ class SFTTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save adapter or model and tokenizer, without the pickled arguments that the base class adds."""
         super().save_model(output_dir, _internal_call)
-        (Path(output_dir or str(self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        folder = Path(output_dir or str(self.args.output_dir))
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self.args.should_save and (folder / "adapter_config.json").exists():
+            record_base(self.model, folder)
 
     def compute_loss(
         self,
