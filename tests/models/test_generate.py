@@ -1,11 +1,14 @@
 """Batched answers equal single ones, pieces add up to the whole, and the model comes back as it was."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from gazelle.base.errors import OptionError
 from gazelle.models.generate import generate_texts, stream_text
 from gazelle.models.load import load_model
+from gazelle.models.special_tokens import stop_at_end_of_turn
 
 QUESTIONS = [[{"role": "user", "content": text}] for text in ("hi", "tell me all that there is", "hello hell", "a b")]
 
@@ -97,3 +100,18 @@ def test_a_rendered_prompt_begins_once(loaded):
     plain = _encode(tokenizer, "hello")
     assert plain[0] == tokenizer.bos_token_id
     assert _encode(tokenizer, tokenizer.bos_token + "hello") == plain
+
+
+def test_stops_are_added_where_the_template_ends_a_turn(checkpoint: Path) -> None:
+    model, tokenizer = load_model(str(checkpoint), load_in_4bit=False)
+    before = model.generation_config.eos_token_id
+    tokenizer.chat_template = "{% for m in messages %}{{ raise_exception('no such conversation') }}{% endfor %}"
+    stop_at_end_of_turn(model, tokenizer)
+    assert model.generation_config.eos_token_id == before
+    spare = tokenizer.pad_token
+    turn = "{{ m['role'] + ': ' + m['content'] + '" + spare + "' }}"
+    tokenizer.chat_template = "{% for m in messages %}" + turn + "{% endfor %}"
+    stop_at_end_of_turn(model, tokenizer)
+    stops = model.generation_config.eos_token_id
+    assert tokenizer.pad_token_id in stops
+    assert tokenizer.eos_token_id in stops

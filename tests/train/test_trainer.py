@@ -327,3 +327,14 @@ def test_warnings_are_not_taken_for_markup(tmp_path: Path) -> None:
     progress.on_train_begin(SFTConfig(), TrainerState(max_steps=1), TrainerControl())
     progress.stop()
     assert "[/INST]" in screen.getvalue()
+
+
+def test_raw_text_needs_no_chat_template(tiny: Make, demo_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """Base models have none, and continued training on text is what they are for."""
+    tokenizer = copy.deepcopy(demo_tokenizer)
+    tokenizer.chat_template = None
+    args = SFTConfig(output_dir=str(tmp_path), **QUIET | {"report": True})
+    trainer = SFTTrainer(tiny(), args, [{"text": "a b c"}, {"text": "d e f"}], processing_class=tokenizer)
+    trainer.train()
+    assert tokenizer.chat_template is None
+    assert (tmp_path / "report.html").exists()

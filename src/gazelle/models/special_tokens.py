@@ -2,8 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from gazelle.base.errors import ModelError
-from gazelle.base.log import logger
+from gazelle.base.errors import DataError, ModelError
+from gazelle.base.log import logger, say_once
 from gazelle.data.spans import Renderer
 
 if TYPE_CHECKING:
@@ -58,7 +58,11 @@ def stop_at_end_of_turn(model: "PreTrainedModel", tokenizer: "PreTrainedTokenize
     generation = model.generation_config
     if generation is None or not tokenizer.chat_template:
         return
-    closing = Renderer(tokenizer).closing
+    try:
+        closing = Renderer(tokenizer).closing
+    except DataError as error:  # some templates take no plain question and answer; such a model still loads
+        say_once(f"generation stops at {tokenizer.eos_token} alone: {error.what}")
+        return
     if not closing:
         return
     end = tokenizer(closing, add_special_tokens=False)["input_ids"][-1]

@@ -57,7 +57,6 @@ def encode_rows(
     max_length = config.max_length
     if max_length is None:
         raise ValueError("encode_rows needs config.max_length")
-    ensure_template(tokenizer, model_type, config.chat_template)
     conversations: list[Conversation] = []
 
     def encoded(source: Any, split: str) -> Encoded:
@@ -69,6 +68,8 @@ def encode_rows(
         )
         if config.dataset_text_field and loaded.format not in ("text", "formatting_func"):
             say_once(f"no column is called {config.dataset_text_field!r}; the rows are taken as {loaded.format}")
+        if config.chat_template or any(chat.text is None for chat in loaded.conversations):
+            ensure_template(tokenizer, model_type, config.chat_template)  # raw text needs none, base models have none
         conversations[:] = loaded.conversations
         return encode(loaded.conversations, tokenizer, max_length=max_length, train_on=config.train_on,
                       source=loaded.source, format=loaded.format, unused=loaded.unused)

@@ -169,7 +169,7 @@ class SFTTrainer(Trainer):
         began = self._logged_at = time.perf_counter()
         try:
             with self._packed_attention():
-                if self.model.config is not None and self._use_cache_before is not None:
+                if self._use_cache_before is not None:
                     self.model.config.use_cache = False
                 result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         finally:
