@@ -43,7 +43,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_no_command_is_untested() -> None:
     """A new command in the README needs a line in one of the tests below."""
     assert set(commands()) == {
-        "make demo", "make setup", "pip install -e .",
+        "make demo", "make setup", "make lint type test", "pip install -e .",
         ".venv/bin/gazelle chat out/demo",
         "gazelle recipes", "gazelle recipes lora > my.yaml", "gazelle train my.yaml --dry-run",
         "gazelle train my.yaml train.learning_rate=1e-4", "gazelle train my.yaml --print-recipe",
@@ -57,6 +57,7 @@ def test_make_demo_is_gazelle_demo() -> None:
                              text=True, check=True).stdout
     assert planned.splitlines()[-1] == ".venv/bin/gazelle demo"
     assert "--editable .[dev]" in (ROOT / "Makefile").read_text()
+    assert "make lint type test" in (ROOT / ".ci/run").read_text()
 
 
 def test_the_demo_keeps_its_promise(demo: Path) -> None:
