@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError
 from gazelle.quantize.bnb import dequantize_linear, is_quantized_linear
 
@@ -29,7 +30,7 @@ def merged_tensors(model: nn.Module, only: Container[str] | None = None) -> Iter
     Raises:
         ModelError: an adapter of a kind that cannot be merged.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    base = unwrap(model)
     with torch.no_grad():
         yield from _walk(base, "", only)
 

@@ -27,9 +27,11 @@ def load_conversations(
 ) -> Loaded:
     """Read `source` and bring its rows to conversations: `read_rows` and `to_conversations` in a row.
 
-    Their pages explain the arguments and the errors. A `text_column` that is named and there makes the format "text":
-    scripts render such a column beside the columns it was made from.
+    Their pages explain the arguments and the errors. What was loaded before is returned as it is. A `text_column` that
+    is named and there makes the format "text": scripts render such a column beside the columns it was made from.
     """
+    if isinstance(source, Loaded):
+        return source
     rows = read_rows(source, split=split, token=token)
     name = format
     if formatting_func is not None:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, cast
 
 from gazelle.base.device import check_device, default_device
-from gazelle.base.errors import OptionError, OutputError
+from gazelle.base.errors import OutputError
 from gazelle.base.files import check_writable, write_text
-from gazelle.data.load import load_conversations
+from gazelle.data.load import Loaded, load_conversations
 from gazelle.data.read import Rows, read_rows
 from gazelle.data.report import DataReport
 from gazelle.facade.language_model import FastLanguageModel
@@ -17,6 +17,7 @@ from gazelle.models.context import fit_context
 from gazelle.models.load import load_tokenizer
 from gazelle.train.prepare import encode_rows
 from gazelle.train.recipe import Recipe
+from gazelle.train.setup import check_checkpoint, check_eval_rows
 from gazelle.train.trainer import SFTTrainer
 
 # What a run writes into its folder. What else lies there is somebody's and stays.
@@ -29,10 +30,10 @@ LEFT_BY_A_RUN = (
 
 @dataclass(frozen=True)
 class Checked:
-    """The rows of a recipe whose mistakes have been looked for."""
+    """The conversations of a recipe, whose mistakes have been looked for."""
 
-    train: Rows
-    evaluation: Rows | None
+    train: Loaded
+    evaluation: Loaded | None
 
 
 def check_recipe(recipe: Recipe) -> Checked:
@@ -45,18 +46,19 @@ def check_recipe(recipe: Recipe) -> Checked:
         check_device(recipe.model.device_map)
     config = recipe.sft_config()
     data = recipe.data
+    check_eval_rows(config, data.eval is not None or data.eval_fraction > 0)
+
+    def conversations(rows: Rows) -> Loaded:
+        return load_conversations(rows, format=data.format, columns=data.columns, system=data.system)
+
     train = read_rows(data.train, split="train")
-    evaluation = read_rows(data.eval, split="eval") if data.eval is not None else None
-    if evaluation is None and data.eval_fraction:
+    if data.eval is not None:
+        evaluation = read_rows(data.eval, split="eval")
+    elif data.eval_fraction:
         train, evaluation = train.split(data.eval_fraction, seed=config.seed)
-    if evaluation is None and config.eval_strategy != "no":
-        raise OptionError("evaluation is asked for, but there are no evaluation rows", where="train.eval_strategy",
-                          found=str(getattr(config.eval_strategy, "value", config.eval_strategy)),
-                          expected="data.eval or data.eval_fraction", fix='add one of them, or set it to "no"')
-    for rows in (train, evaluation):
-        if rows is not None:
-            load_conversations(rows, format=data.format, columns=data.columns, system=data.system)
-    return Checked(train, evaluation)
+    else:
+        return Checked(conversations(train), None)
+    return Checked(conversations(train), conversations(evaluation))
 
 
 def check_folder(recipe: Recipe, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -64,7 +66,7 @@ def check_folder(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
 
     Raises:
         OutputError: it cannot be written to, holds an earlier run, or is the model's own.
-        OptionError: nothing to resume from.
+        OptionError: nothing sound to resume from.
     """
     folder = Path(recipe.output_dir)
     check_writable(folder)
@@ -76,9 +78,7 @@ def check_folder(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
         raise OutputError("the output folder holds an earlier run", where=str(folder), found=", ".join(earlier),
                           expected="a new or empty folder",
                           fix="choose another output_dir, or pass --resume or --overwrite")
-    if resume and not any(folder.glob("checkpoint-*")):
-        raise OptionError("there is no checkpoint to resume from", where=str(folder), found="no checkpoint-N folder",
-                          expected="a folder in which training was started before", fix="leave --resume out")
+    check_checkpoint(resume, recipe.output_dir)
 
 
 def dry_run(recipe: Recipe) -> DataReport:

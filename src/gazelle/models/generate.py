@@ -6,7 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError
+from gazelle.models.modes import evaluating
+from gazelle.models.special_tokens import stop_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -132,9 +135,8 @@ def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[to
 
 
 def _stops(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
-    stops = model.generation_config.eos_token_id
-    stops = stops if isinstance(stops, list) else [] if stops is None else [stops]
-    return list(dict.fromkeys([*stops, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]))
+    own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return list(dict.fromkeys([*stop_ids(model.generation_config), *own]))
 
 
 def _check(max_new_tokens: int, batch_size: int, temperature: float) -> None:
@@ -148,17 +150,13 @@ def _check(max_new_tokens: int, batch_size: int, temperature: float) -> None:
 @contextlib.contextmanager
 def _answering(model: Any, config: Any = None) -> Iterator[None]:
     """Evaluation mode without gradients; afterwards every module is in the mode it was in."""
-    modes = [(module, module.training) for module in model.modules()]
     # generate() fills what `config` leaves open from the model's own settings, such as a repetition penalty.
-    owner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    owner = unwrap(model)
     earlier = owner.generation_config
-    model.eval()
     try:
         if config is not None:
             owner.generation_config = config
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(model):
             yield
     finally:
         owner.generation_config = earlier
-        for module, training in modes:
-            module.training = training

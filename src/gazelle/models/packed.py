@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError
+from gazelle.models.modes import evaluating
 from gazelle.quantize.bnb import forbid_repacking
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ def supports_packing(model: "nn.Module") -> str | None:
 
     What the config does not tell is tried, once for each model: a forward pass with two rows of two tokens.
     """
-    inner = _unwrap(model)
+    inner = unwrap(model)
     config = inner.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS
     if config.is_encoder_decoder or not getattr(config, "is_causal", True) \
@@ -59,10 +61,8 @@ def _try(inner: "PreTrainedModel") -> str | None:
     forbid_repacking(inner)  # bitsandbytes does that at the first evaluation, which this one may be
     seen: list[tuple[int | None, int | None]] = []
     begins = torch.tensor([0, 2, 4], dtype=torch.int32, device=device)
-    modes = [(module, module.training) for module in inner.modules()]
-    inner.eval()
     try:
-        with torch.no_grad(), _swapped(inner):
+        with torch.no_grad(), evaluating(inner), _swapped(inner):
             inner(input_ids=torch.tensor([[1, 2, 2, 1]], device=device), use_cache=False,
                   position_ids=torch.tensor([[0, 1, 0, 1]], device=device), cu_seq_lens_q=begins,
                   cu_seq_lens_k=begins, max_length_q=2, max_length_k=2, gazelle_seen=seen)
@@ -72,9 +72,6 @@ def _try(inner: "PreTrainedModel") -> str | None:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         return f"two rows of two tokens were tried, and failed: {error}"
-    finally:
-        for module, training in modes:
-            module.training = training
     if not seen:
         return "its attention does not go through transformers' attention interface"
     config = inner.config.get_text_config()
@@ -107,7 +104,7 @@ def packed_attention_on(model: "nn.Module") -> Iterator[None]:
     if reason := supports_packing(model):
         raise OptionError(f"rows cannot be packed for this model: {reason}", where="packing", found="packing=True",
                           expected="a decoder with ordinary attention", fix="set packing=False")
-    with _swapped(_unwrap(model)):
+    with _swapped(unwrap(model)):
         yield
 
 
@@ -139,10 +136,6 @@ def _swapped(inner: "PreTrainedModel") -> Iterator[None]:
         for hook in hooks:
             hook.remove()
         put(earlier)
-
-
-def _unwrap(model: "nn.Module") -> "PreTrainedModel":
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
 
 
 def _configs(model: "PreTrainedModel") -> Iterator[Any]:

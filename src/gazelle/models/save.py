@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gazelle.adapters.merge import merged_tensors
+from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError, OptionError, OutputError, nearest
 from gazelle.base.files import check_writable, staged_folder
 from gazelle.models.record import RECORD, record_base
@@ -67,7 +68,7 @@ def save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase | None", folder:
     _check_target(model, target, save_method)
     if save_method == "lora":
         return _save_adapter(model, tokenizer, target)
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrap(model)
     _check_readable(base)
     generation = _generation_config(base)
     _check_space(target, _numel(base) * kept_as.itemsize)

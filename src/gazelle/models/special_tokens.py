@@ -7,7 +7,7 @@ from gazelle.base.log import logger, say_once
 from gazelle.data.spans import Renderer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # In order of preference. All are unused in conversations of the families that have them.
 _SPARE = ("<|pad|>", "<pad>", "[PAD]", "<|finetune_right_pad_id|>", "<|endoftext|>", "<unk>", "[UNK]")
@@ -36,8 +36,7 @@ def align_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokeniz
     tokenizer.padding_side = "right"
 
     generation = model.generation_config
-    stops = generation.eos_token_id if generation else None
-    stops = list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
+    stops = stop_ids(generation)
     if tokenizer.eos_token_id not in stops:
         stops.insert(0, tokenizer.eos_token_id)
     for config in (model.config.get_text_config(), generation):
@@ -48,6 +47,12 @@ def align_special_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokeniz
     if generation is not None:
         generation.eos_token_id = stops if len(stops) > 1 else stops[0]
     stop_at_end_of_turn(model, tokenizer)
+
+
+def stop_ids(generation: "GenerationConfig | None") -> list[int]:
+    """The EOS ids of a generation config, which states none, one or several."""
+    stops = generation.eos_token_id if generation is not None else None
+    return list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
 
 
 def stop_at_end_of_turn(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> None:
@@ -66,8 +71,7 @@ def stop_at_end_of_turn(model: "PreTrainedModel", tokenizer: "PreTrainedTokenize
     if not closing:
         return
     end = tokenizer(closing, add_special_tokens=False)["input_ids"][-1]
-    stops = generation.eos_token_id
-    stops = list(stops) if isinstance(stops, list) else [] if stops is None else [stops]
+    stops = stop_ids(generation)
     if end not in stops:
         generation.eos_token_id = [*stops, end]
 

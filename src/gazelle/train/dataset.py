@@ -28,6 +28,10 @@ class Bins(Dataset[dict[str, Any]]):
         return {"input_ids": [token for row in rows for token in row.input_ids],
                 "labels": [label for row in rows for label in row.labels], "rows": rows}
 
+    def __getitems__(self, indices: list[int]) -> list[dict[str, Any]]:
+        """What the data loader asks for: the collator joins the rows itself."""
+        return [{"rows": self.bins[index]} for index in indices]
+
 
 def make_bins(encoded: Encoded, *, packing: bool, strategy: str, capacity: int) -> Bins:
     """One row an entry without packing; with it, as many rows as fit in `capacity` tokens."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gazelle.adapters.unwrap import unwrap
 from gazelle.base.log import logger
 from gazelle.data.encode import Encoded
 from gazelle.train.config import SFTConfig
@@ -43,7 +44,7 @@ def choose_checkpointing(model: Any, rows: Encoded, settings: SFTConfig, *, pack
         settings: batch size, packing and longest row.
         packed: rows lie end to end, and only labelled tokens reach the head.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrap(model)
     config = base.config.get_text_config()
     chosen = getattr(model, "use_gradient_checkpointing", "auto")
     if model.device.type != "cuda" or chosen in (True, False) or base.is_gradient_checkpointing:

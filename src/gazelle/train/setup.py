@@ -23,13 +23,18 @@ def match_precision(config: SFTConfig, model: PreTrainedModel) -> None:
         config.mixed_precision = "bf16" if config.bf16 else "fp16"  # what the accelerator is built from
 
 
-def check_together(config: SFTConfig, model: PreTrainedModel, *, has_eval: bool, has_metrics: bool) -> None:
-    """Raise `OptionError` for settings that need one another, or the model, and do not have them."""
+def check_eval_rows(config: SFTConfig, has_eval: bool) -> None:
+    """Raise `OptionError` if evaluation is asked for without rows to evaluate on."""
     if not has_eval and getattr(config.eval_strategy, "value", config.eval_strategy) != "no":
         raise OptionError("evaluation is asked for, but there are no evaluation rows", where="eval_strategy",
                           found=str(getattr(config.eval_strategy, "value", config.eval_strategy)),
                           expected="eval_dataset (in a recipe data.eval or data.eval_fraction)",
                           fix="add evaluation rows, or set eval_strategy to \"no\"")
+
+
+def check_together(config: SFTConfig, model: PreTrainedModel, *, has_eval: bool, has_metrics: bool) -> None:
+    """Raise `OptionError` for settings that need one another, or the model, and do not have them."""
+    check_eval_rows(config, has_eval)
     best = config.metric_for_best_model
     if best is not None and not best.endswith("loss") and not has_metrics:
         raise OptionError("no such metric to choose the best model by", where="metric_for_best_model", found=best,
@@ -41,17 +46,23 @@ def check_together(config: SFTConfig, model: PreTrainedModel, *, has_eval: bool,
                           f"which stretches it, or set max_length to {limit} or less")
 
 
-def check_checkpoint(resume: str | Path | bool | None, config: SFTConfig, model: Any) -> None:
-    """Raise `OptionError` if there is nothing sound to resume from, or if it was made with another adapter."""
+def check_checkpoint(resume: str | Path | bool | None, output_dir: str, model: Any = None) -> None:
+    """Raise `OptionError` if there is nothing sound to resume from, or if it was made with another adapter.
+
+    Args:
+        resume: True for the newest checkpoint in `output_dir`, or the path of one.
+        output_dir: the run's folder.
+        model: the model that would go on, where it is loaded already.
+    """
     if not resume:
         return
-    folder = Path(str(config.output_dir if resume is True else resume))
+    folder = Path(output_dir if resume is True else str(resume))
     if resume is True:
         last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
         if last is None:
             raise OptionError("there is no checkpoint to resume from", where=str(folder),
                               found="no checkpoint-N folder", expected="a folder in which training was started before",
-                              fix="leave resume_from_checkpoint out to start anew")
+                              fix="start anew, without resuming")
         folder = Path(last)
     try:
         json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))

@@ -157,7 +157,7 @@ class SFTTrainer(Trainer):
             **kwargs: as in `transformers.Trainer.train`.
         """
         config = self._config
-        check_checkpoint(resume_from_checkpoint, config, self.model)
+        check_checkpoint(resume_from_checkpoint, str(config.output_dir), self.model)
         reported = config.report and self.prepared.report is not None and self.is_world_process_zero()
         if reported and config.report_samples:
             self.samples = pick_samples(self.prepared.conversations, config.report_samples)
