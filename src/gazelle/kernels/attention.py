@@ -1,138 +1,138 @@
-"""Causal attention inside packed rows: rows lie end to end without padding, and no token sees another row.
+"""Causal attention inside rows that lie end to end without padding: no token sees another row.
 
 Shapes: T tokens of all rows, R rows, L longest row, H heads, G key-value heads, D head size.
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout as drop
-from torch.nn.functional import scaled_dot_product_attention
+
+from gazelle.kernels.attention_dense import Scores, cudnn, flash, is_short, reference, sdpa
+from gazelle.kernels.attention_flex import flex
+from gazelle.kernels.attention_rows import Rows
+from gazelle.kernels.attention_varlen import varlen
+
+__all__ = ["BACKENDS", "Rows", "attention", "choose", "packed_attention"]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A way to attend, and what it takes (for `choose`; forced by name, it raises by itself at what it cannot do)."""
+
+    run: Callable[[Tensor, Tensor, Tensor, Rows, Scores], Tensor]
+    kernel: bool = True  # compiled for NVIDIA or AMD, for 16-bit tensors with D a multiple of 8
+    capability: tuple[int, int] = (8, 0)
+    head_dim: int = 256
+    shortest: int = 2
+    window: bool = False
+    softcap: bool = False
+    dropout: bool = False
+    mask: bool = False
+    amd: bool = True
+    repeatable: bool = True  # the same bits in every run under torch.use_deterministic_algorithms
+
+
+BACKENDS = {
+    "cudnn": Backend(cudnn, capability=(9, 0), head_dim=128, amd=False, shortest=1024, repeatable=False),
+    "flash": Backend(flash),
+    "varlen": Backend(varlen, window=True),
+    "flex": Backend(flex, window=True, softcap=True, shortest=64),
+    "sdpa": Backend(sdpa, kernel=False, window=True, dropout=True, mask=True),
+    "reference": Backend(reference, kernel=False, window=True, softcap=True, dropout=True, mask=True),
+}
+# The first that takes a case gets it, by measurement (benchmarks/ops/attention.py). Dense kernels take packed rows too,
+# padded, if forced.
+UNIFORM = ("cudnn", "varlen", "flash", "flex", "sdpa", "reference")
+PACKED = ("varlen", "flex", "sdpa", "reference")
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, rows: Rows, scale: float, window: int | None = None,
+              softcap: float | None = None, dropout: float = 0.0, backend: str = "auto") -> Tensor:
+    """Attend causally within each row. Differentiable.
+
+    Args:
+        q: [T, H, D]. k, v: [T, G, D] with H a multiple of G; any strides with unit stride in D.
+        rows: how rows lie in the T tokens.
+        scale: what scores are multiplied by.
+        window: how many tokens, itself included, a token sees; None for all before it. It narrows `rows.mask` too.
+        softcap: scores become softcap · tanh(score / softcap), as in Gemma 2 (https://arxiv.org/abs/2408.00118).
+        dropout: probability of dropping an attention weight.
+        backend: a key of `BACKENDS`, or "auto" for what `choose` says.
+
+    Returns:
+        [T, H, D], contiguous.
+
+    Raises:
+        ValueError: a backend forced by name cannot do what is asked of it.
+    """
+    if window is not None and window >= rows.max_length:
+        window = None
+    if backend == "auto":
+        backend = choose(q, rows, window, softcap, dropout)
+    return BACKENDS[backend].run(q, k, v, rows, Scores(scale, window, softcap, dropout)).contiguous()
+
+
+def choose(q: Tensor, rows: Rows, window: int | None = None, softcap: float | None = None,
+           dropout: float = 0.0) -> str:
+    """The fastest backend that takes such queries [T, H, D] in such rows."""
+    if q.device.type == "cpu":
+        return "reference" if softcap is not None or is_short(rows, q.shape[0]) else "sdpa"
+    needs = {"window": window is not None, "softcap": softcap is not None, "dropout": dropout > 0,
+             "mask": rows.mask is not None}
+    for name in UNIFORM if rows.uniform else PACKED:
+        backend = BACKENDS[name]
+        if torch.are_deterministic_algorithms_enabled() and not backend.repeatable:
+            continue
+        if all(getattr(backend, need) for need, needed in needs.items() if needed) \
+                and (not backend.kernel or _has_kernel(backend, q, rows)):
+            return name
+    return "reference"
+
+
+def _has_kernel(backend: Backend, q: Tensor, rows: Rows) -> bool:
+    if q.device.type != "cuda" or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    amd = torch.version.hip is not None
+    head_dim, capability = q.shape[-1], _capability(q.device)
+    return head_dim % 8 == 0 and head_dim <= backend.head_dim and rows.max_length >= backend.shortest \
+        and (backend.amd if amd else capability >= backend.capability)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float,
                      window: int | None = None, softcap: float | None = None, dropout: float = 0.0) -> Tensor:
-    """Attend causally within each row, at a cost of R·L² where one block-diagonal mask over all tokens costs T².
-
-    A CPU goes through the rows one by one, which beats batching them twice over. An accelerator gets them as one
-    right-padded batch, laid out and taken back without a word between host and device.
+    """`attention` in the layout of Hugging Face models, for rows without padding.
 
     Args:
-        q: [1, H, T, D]. k, v: [1, G, T, D] with H a multiple of G.
+        q: [1, H, T, D]. k, v: [1, G, T, D].
         cu_seqlens: [R + 1] integers, where each row begins, and T at the end. Empty rows are allowed.
         max_length: at least L, in tokens.
-        scale: what scores are multiplied by.
-        window: how many tokens, itself included, a token sees; None for all before it.
-        softcap: scores become softcap · tanh(score / softcap), as in Gemma 2 (https://arxiv.org/abs/2408.00118).
-        dropout: probability of dropping an attention weight.
+        scale, window, softcap, dropout: as in `attention`.
 
     Returns:
         [1, H, T, D], laid out in memory as [1, T, H, D].
     """
-    if q.device.type == "cpu":
-        sizes = _sizes(cu_seqlens, q.shape[2])
-        outputs = [_causal(*row, scale, window, softcap, dropout).transpose(1, 2)
-                   for row in zip(q.split(sizes, 2), k.split(sizes, 2), v.split(sizes, 2), strict=True)]
-        return torch.cat(outputs, 1).transpose(1, 2)
-    return _padded(q, k, v, cu_seqlens, max_length, scale, window, softcap, dropout)
-
-
-def _causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, softcap: float | None,
-            dropout: float) -> Tensor:
-    """Plain causal attention: q [R, H, L, D], k and v [R, G, L, D] -> [R, H, L, D]."""
-    length = q.shape[2]
-    if window is not None and window >= length:
-        window = None
-    if softcap is None:
-        mask = None if window is None else _visible(length, window, q.device)
-        return scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
-                                            scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    scores = softcap * torch.tanh(q @ k.transpose(2, 3) * (scale / softcap))
-    scores = scores.masked_fill(~_visible(length, window, q.device), float("-inf"))
-    weights = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
-    return drop(weights, dropout) @ v
-
-
-def _visible(length: int, window: int | None, device: torch.device) -> Tensor:
-    """[L, L], True where a query may look."""
-    visible = torch.ones(length, length, dtype=torch.bool, device=device).tril_()
-    return visible if window is None else visible.triu_(1 - window)
-
-
-def _sizes(cu_seqlens: Tensor, length: int) -> list[int]:
-    sizes = [size for size in cu_seqlens.diff().tolist() if size]
-    if sum(sizes) != length:
-        raise ValueError(f"cu_seqlens describes {sum(sizes)} tokens, but there are {length}")
-    return sizes
-
-
-def _padded(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, max_length: int, scale: float, window: int | None,
-            softcap: float | None, dropout: float) -> Tensor:
-    rows = _rows_of(cu_seqlens, max_length, q.shape[2])
-    q, k, v = (_Pad.apply(x, rows) for x in (q, k, v))
-    # Padding lies behind every real token, so causality alone hides it.
-    return _Unpad.apply(_causal(q, k, v, scale, window, softcap, dropout), rows)
-
-
-@dataclass(frozen=True)
-class _Rows:
-    """Where tokens go in the padded batch: `slots` [R·L] takes tokens there, `tokens` [T] takes them back."""
-
-    cu_seqlens: Tensor
-    version: int
-    slots: Tensor
-    tokens: Tensor
-    count: int
+    rows = _rows_of(cu_seqlens, max_length)
+    q, k, v = (x[0].transpose(0, 1) for x in (q, k, v))
+    # Here T is another for each batch, and flex would compile for each.
+    backend = "auto" if softcap is None else "reference"
+    return attention(q, k, v, rows, scale, window, softcap, dropout, backend).transpose(0, 1)[None]
 
 
 # The layers of one forward pass share their cu_seqlens, so remembering the last is enough. Holding on to the tensor
 # itself keeps another from being taken for it.
-_last: _Rows | None = None
+_last: Rows | None = None
 
 
-def _rows_of(cu_seqlens: Tensor, max_length: int, length: int) -> _Rows:
+def _rows_of(cu_seqlens: Tensor, max_length: int) -> Rows:
     global _last
-    rows = _last
-    if rows is not None and rows.cu_seqlens is cu_seqlens and rows.version == cu_seqlens._version \
-            and len(rows.tokens) == length and len(rows.slots) == rows.count * max_length:
-        return rows
-    with torch.no_grad():
-        begins, device = cu_seqlens[:-1].long(), cu_seqlens.device
-        slots = (begins[:, None] + torch.arange(max_length, device=device)).clamp_(max=length - 1).flatten()
-        row = torch.repeat_interleave(torch.arange(len(begins), device=device), cu_seqlens.diff(), output_size=length)
-        tokens = row * max_length + torch.arange(length, device=device) - begins[row]
-    _last = _Rows(cu_seqlens, cu_seqlens._version, slots, tokens, len(begins))
+    if _last is None or _last.cu_seqlens is not cu_seqlens or _last.max_length != max_length:
+        _last = Rows(len(cu_seqlens) - 1, max_length, cu_seqlens=cu_seqlens)
     return _last
-
-
-class _Pad(torch.autograd.Function):
-    """[1, H, T, D] -> [R, H, L, D]. Padding slots hold other tokens; nothing reads them, so their gradient is zero."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, rows: _Rows) -> Tensor:
-        ctx.rows = rows  # type: ignore[attr-defined]
-        return x[0].transpose(0, 1).index_select(0, rows.slots).unflatten(0, (rows.count, -1)).transpose(1, 2)
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        rows: _Rows = ctx.rows  # type: ignore[attr-defined]
-        return grad.transpose(1, 2).flatten(0, 1).index_select(0, rows.tokens).transpose(0, 1)[None], None
-
-
-class _Unpad(torch.autograd.Function):
-    """[R, H, L, D] -> [1, H, T, D]."""
-
-    @staticmethod
-    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, rows: _Rows) -> Tensor:
-        ctx.rows = rows  # type: ignore[attr-defined]
-        return x.transpose(1, 2).flatten(0, 1).index_select(0, rows.tokens).transpose(0, 1)[None]
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        rows: _Rows = ctx.rows  # type: ignore[attr-defined]
-        padded = grad.new_zeros(len(rows.slots), grad.shape[1], grad.shape[3])
-        padded.index_copy_(0, rows.tokens, grad[0].transpose(0, 1))
-        return padded.unflatten(0, (rows.count, -1)).transpose(1, 2), None

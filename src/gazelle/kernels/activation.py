@@ -1,0 +1,75 @@
+"""The gated unit of an MLP (https://arxiv.org/abs/2002.05202): act(gate) · up.
+
+Shapes: T tokens, F intermediate; gate and up lie side by side in [T, 2F].
+"""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from gazelle.kernels.dispatch import use_triton
+
+KINDS = ("silu", "gelu_tanh", "gelu")
+
+
+def gated(gate_up: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
+    """act(gate) · up [T, F], in `out` if that is given."""
+    if use_triton(gate_up):
+        from gazelle.kernels import activation_triton
+
+        return activation_triton.gated(gate_up, kind, out)
+    gate, up = gate_up.chunk(2, -1)
+    if gate.dtype in (torch.float32, torch.float64):
+        y = _act(gate, kind)
+        return y.mul_(up) if out is None else torch.mul(y, up, out=out)
+    y = _act(gate.float(), kind) * up
+    return y.to(gate.dtype) if out is None else out.copy_(y)
+
+
+def gated_backward(gate_up: Tensor, dh: Tensor, kind: str, d_gate_up: Tensor, h: Tensor | None = None) -> Tensor:
+    """The gradient [T, 2F] of gate and up.
+
+    Args:
+        gate_up: [T, 2F].
+        dh: [T, F], the gradient of what `gated` gives.
+        kind: "silu", "gelu_tanh" or "gelu".
+        d_gate_up: where to write; may be `gate_up` itself.
+        h: [T, F] that is filled with what `gated` gives.
+    """
+    if use_triton(gate_up):
+        from gazelle.kernels import activation_triton
+
+        return activation_triton.gated_backward(gate_up, dh, kind, d_gate_up, h)
+    wide = torch.promote_types(gate_up.dtype, torch.float32)
+    gate, up = (part.to(wide) for part in gate_up.chunk(2, -1))
+    d = dh.to(wide)
+    act, slope = _act_and_slope(gate, kind)
+    if h is not None:
+        h.copy_(act * up)
+    d_gate, d_up = d_gate_up.chunk(2, -1)
+    slope.mul_(up).mul_(d)  # before d_up is written, which may be up's own memory
+    d_up.copy_(act.mul_(d))
+    d_gate.copy_(slope)
+    return d_gate_up
+
+
+def _act(gate: Tensor, kind: str) -> Tensor:
+    if kind == "silu":
+        return functional.silu(gate)
+    return functional.gelu(gate, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+def _act_and_slope(gate: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    if kind == "silu":
+        s = gate.sigmoid()
+        act = gate * s
+        return act, torch.addcmul(s, act, 1 - s)
+    if kind == "gelu":
+        cdf = 0.5 * (1 + torch.erf(gate * math.sqrt(0.5)))
+        return gate * cdf, cdf + gate * torch.exp(-0.5 * gate * gate) / math.sqrt(2 * math.pi)
+    inner = math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3)
+    t = torch.tanh(inner)
+    slope = 0.5 * (1 + t) + 0.5 * gate * (1 - t * t) * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * gate * gate)
+    return 0.5 * gate * (1 + t), slope
