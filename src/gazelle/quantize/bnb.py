@@ -19,6 +19,12 @@ def is_quantized_linear(module: nn.Module) -> bool:
     return bnb is not None and isinstance(module, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)
 
 
+def is_four_bits(module: nn.Module) -> bool:
+    """True for `Linear4bit`."""
+    bnb = sys.modules.get("bitsandbytes")
+    return bnb is not None and isinstance(module, bnb.nn.Linear4bit)
+
+
 def dequantize_linear(module: Any) -> Tensor:
     """The weight [N, K] of a linear layer, bit-equal to what bitsandbytes makes of it; a plain layer's own tensor.
 
@@ -29,19 +35,37 @@ def dequantize_linear(module: Any) -> Tensor:
     """
     if not is_quantized_linear(module):
         return module.weight.data
-    import bitsandbytes as bnb
     from bitsandbytes import functional
 
-    if isinstance(module, bnb.nn.Linear4bit):
-        if module.weight.quant_state is None:
-            raise ModelError("a 4-bit layer has not been quantised yet", where=type(module).__name__,
-                             found="no quantisation state", expected="a loaded model", fix="move the model to a device")
-        return functional.dequantize_4bit(*_plain_layout(module.weight.data, module.weight.quant_state))
+    if is_four_bits(module):
+        return functional.dequantize_4bit(*four_bits(module))
+    return functional.int8_vectorwise_dequant(*eight_bits(module))
+
+
+def four_bits(module: Any) -> tuple[Tensor, Any]:
+    """The packed weight of a `Linear4bit` and its `QuantState`, as on a GPU also after it was repacked for a CPU.
+
+    Raises:
+        ModelError: as above.
+    """
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        raise ModelError("a 4-bit layer has not been quantised yet", where=type(module).__name__,
+                         found="no quantisation state", expected="a loaded model", fix="move the model to a device")
+    return _plain_layout(module.weight.data, state)
+
+
+def eight_bits(module: Any) -> tuple[Tensor, Tensor]:
+    """The weight [N, K] int8 of a `Linear8bitLt` and the largest number of each row [N] in float32.
+
+    Raises:
+        ModelError: as above.
+    """
     scales = module.state.SCB if module.state.SCB is not None else module.weight.SCB
     if scales is None:
         raise ModelError("an 8-bit layer has not been quantised yet", where=type(module).__name__, found="no scales",
                          expected="a loaded model", fix="move the model to a device")
-    return functional.int8_vectorwise_dequant(module.weight.data, scales.to(module.weight.device))
+    return module.weight.data, scales.to(module.weight.device)
 
 
 def forbid_repacking(model: nn.Module) -> None:
