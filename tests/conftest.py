@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined: Triton's kernels run in Python then
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
@@ -46,3 +49,12 @@ def demo_model(_demo: tuple[Any, Any]) -> Callable[[], Any]:
 def demo_tokenizer(_demo: tuple[Any, Any]) -> Any:
     """The demo model's tokenizer as gazelle loads it."""
     return _demo[1]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny products on several threads of a busy machine take a hundred times as long."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -58,6 +58,10 @@ class ModelError(UserError):
     """A checkpoint, tokenizer or adapter that cannot be used."""
 
 
+class TrainingError(UserError):
+    """A run that cannot go on."""
+
+
 class OutputError(UserError):
     """A place that cannot be written to."""
 

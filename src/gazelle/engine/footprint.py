@@ -1,0 +1,77 @@
+"""How much memory a layer and the loss head take, by what `engine.passes` and `engine.loss` allocate.
+
+A change there belongs here too; `tests/engine/test_footprint.py` compares the two on a GPU.
+
+Shapes: T tokens, H hidden, F intermediate, R adapter columns. All results in bytes.
+"""
+
+from dataclasses import dataclass
+
+from gazelle.engine.keep import Keep
+from gazelle.engine.loss import CHUNK_BYTES
+from gazelle.engine.outline import Batch, LayerOutline, Outline
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """A layer with one choice: what stays until its backward pass, and the most its passes need besides."""
+
+    kept: int
+    forward: int
+    backward: int
+
+
+def footprint(layer: LayerOutline, keep: Keep, T: int, itemsize: int) -> Footprint:
+    """Of one layer.
+
+    Args:
+        layer: the layer.
+        keep: its choice.
+        T: tokens.
+        itemsize: of the type of computation.
+    """
+    spec = layer.spec
+    H, F, Q, QK = spec.hidden, spec.intermediate, spec.q_size, spec.q_size + spec.kv_size
+    R_qkv, R_o, R_gate_up, R_down = layer.borders
+    rows = T if keep.mlp or keep.chunk is None else min(T, keep.chunk)
+
+    stream = T * H * itemsize
+    attended = T * itemsize * (spec.qkv_size + Q + R_qkv + R_o) + T * 4 * spec.heads  # the last: sums of exponentials
+    if spec.qk_norm:
+        attended += T * itemsize * QK + T * 4 * (spec.heads + spec.kv_heads)
+    if spec.post_norms:
+        attended += stream
+    expanded = T * itemsize * (2 * F + 2 * R_gate_up) + (stream if spec.post_norms else 0)
+    kept = T * itemsize * R_down + (attended if keep.attention else 0) + (expanded if keep.mlp else 0)
+    if not keep.host:  # the input, and the stream between the halves
+        kept += 2 * stream if keep.attention or keep.mlp else stream
+
+    entry = rows * itemsize * (H + R_gate_up)
+    gate_up = rows * itemsize * (2 * F + 2 * R_gate_up)
+    inner = rows * itemsize * F
+    branch = rows * itemsize * (H + R_down) if spec.post_norms or spec.residual_scale != 1 else 0
+    # Forward: the input (counted as kept by the layer below or by this one), the stream between, the output.
+    outputs = stream if rows == T else 2 * stream
+    forward = outputs + (0 if keep.mlp else gate_up) + inner + rows * itemsize * R_down + branch
+    forward = max(forward, T * itemsize * (H + R_qkv) + (0 if keep.attention else attended)) + stream
+
+    fixed = T * itemsize * (H + max(R_o, R_down)) + layer.gradients
+    if keep.host:  # this layer's, the next one's on its way, and what is still being copied to the host
+        fixed += (7 if keep.attention or keep.mlp else 5) * stream
+    if not keep.attention:
+        fixed += attended
+    if not (keep.attention or keep.mlp):
+        fixed += stream
+    mlp = 2 * inner + entry + branch + (0 if keep.mlp else gate_up + (branch if spec.post_norms else 0))
+    # dout, then dq, dk, dv with what they become before the projection, or dn
+    attention = T * itemsize * (Q + 2 * (spec.qkv_size + R_qkv) + H)
+    return Footprint(kept, forward, fixed + max(mlp, attention))
+
+
+def head_footprint(outline: Outline, batch: Batch) -> int:
+    """The most that the final norm, the loss head and their backward pass take."""
+    H, V, itemsize = outline.hidden, outline.vocabulary, outline.itemsize
+    stream, labelled = batch.tokens * H * itemsize, batch.labelled * H * itemsize
+    logits = min(CHUNK_BYTES, batch.labelled * V * itemsize)
+    trained = V * H * (4 + itemsize) if outline.head_trains else 0
+    return stream + max(stream + 2 * labelled + logits, 2 * labelled + 2 * stream) + trained

@@ -1,0 +1,28 @@
+"""What a layer keeps between its forward and its backward pass. Whatever is chosen, the numbers are the same."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Keep:
+    """A layer's choice. Its input is always kept; so is the stream between attention and MLP if either is kept.
+
+    Attributes:
+        attention: queries, keys, values and the attention's output; else they are made again. With dropout of
+            attention weights they are kept all the same.
+        mlp: gate and up; else they are made again.
+        host: the input, and the stream between attention and MLP, lie in pinned host memory.
+        chunk: tokens that the MLP takes at a time, where gate and up are not kept; None for all.
+    """
+
+    attention: bool = True
+    mlp: bool = True
+    host: bool = False
+    chunk: int | None = None
+
+
+KEEP = Keep()
+MLP = Keep(mlp=False)
+ALL = Keep(attention=False, mlp=False)
+OFFLOAD = Keep(attention=False, mlp=False, host=True)
+CHOICES = {"keep": KEEP, "mlp": MLP, "all": ALL, "offload": OFFLOAD}

@@ -1,0 +1,357 @@
+"""One decoder layer, forward and backward, written by hand so that we decide what is kept between the two.
+
+Shapes: T tokens, H hidden, F intermediate, D head size, N and R outputs and adapter columns of a projection.
+"""
+
+import weakref
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from gazelle.engine.layer import Call, Layer
+from gazelle.engine.linear import Bordered, Gradients, Projection
+from gazelle.engine.offload import Parked, park, settle
+from gazelle.engine.spec import DecoderSpec
+from gazelle.kernels.activation import gated, gated_backward
+from gazelle.kernels.attention import Rows, attention
+from gazelle.kernels.norm import rms_norm, rms_norm_backward, rms_norm_weight_grad
+from gazelle.kernels.rotary import rotate_, rotate_into
+
+
+def run_layer(layer: Layer, x: Tensor, rows: Rows, cos: Tensor | None, sin: Tensor | None,
+              training: bool = True) -> Tensor:
+    """The output [T, H] of a layer, differentiable.
+
+    Args:
+        layer: its weights.
+        x: [T, H], rows end to end.
+        rows: where rows begin.
+        cos, sin: [T, Dr] of the rotation; None for a layer without.
+        training: False leaves out dropout.
+    """
+    call = Call(rows, cos, sin, training, layer.seeds(x.device) if training else None)
+    if torch.is_grad_enabled() and (x.requires_grad or layer.trainable):
+        return _LayerFunction.apply(x, layer, call, *layer.trainable)
+    return Pass(layer, call).forward(x)
+
+
+@dataclass
+class Attended:
+    """The attention half of a layer: what its backward pass reads. `leaves` are q, k, v and `out` hangs on them."""
+
+    z_qkv: Tensor | None
+    raw: Tensor | None  # qkv before the norm of queries and keys
+    rstds: tuple[Tensor, Tensor] | None
+    leaves: tuple[Tensor, Tensor, Tensor]
+    out: Tensor
+    z_o: Tensor | None = None
+    branch: Tensor | None = None  # what o gave, if it is normalised before it is added
+
+
+@dataclass
+class Expanded:
+    """The MLP half: gate and up [T, 2F + R], their z, and what down gave if that is normalised before it is added."""
+
+    gate_up: Tensor
+    z: Tensor | None
+    branch: Tensor | None = None
+
+
+class Pass:
+    """One way through a layer: forward now, backward later."""
+
+    def __init__(self, layer: Layer, call: Call) -> None:
+        self.layer, self.call = layer, call
+        self.x: Tensor | Parked | None = None
+        self.mid: Tensor | Parked | None = None
+        self.attended: Attended | None = None
+        self.expanded: Expanded | None = None
+        # z of the down projection, by span. Always kept: it is small, and made again from what the backward pass has
+        # it would differ in its last bits.
+        self.z_down: list[Tensor | None] = []
+        self.below: weakref.ref[Pass] | None = None
+
+    # Forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output [T, H]; nothing is kept."""
+        self.layer.arrive(forward=True)
+        attended = self._attend(x, differentiable=False)
+        mid = self._add_attention(attended, x)
+        del attended
+        return self._mlp(mid, keep=False)
+
+    def forward_keeping(self, x: Tensor) -> Tensor:
+        """The same, and keep what `layer.keep` says."""
+        keep, shared = self.layer.keep, self.layer.shared
+        self.layer.arrive(forward=True)
+        # What attention drops is drawn from torch's generator: it cannot be drawn again.
+        keep_attention = keep.attention or (self.call.training and self.layer.spec.attention_dropout > 0)
+        attended = self._attend(x, differentiable=keep_attention)
+        mid = self._add_attention(attended, x)
+        if keep_attention:
+            self.attended = attended
+        del attended
+        y = self._mlp(mid, keep=keep.mlp)
+        self.x = park(x) if keep.host else x
+        if keep.attention or keep.mlp:
+            self.mid = park(mid) if keep.host else mid
+        self.below, shared.last = shared.last, weakref.ref(self)
+        return y
+
+    def fetch(self) -> None:
+        """Begin to bring back what lies on the host."""
+        for tensor in (self.x, self.mid):
+            if isinstance(tensor, Parked):
+                tensor.fetch()
+
+    def _attend(self, x: Tensor, *, differentiable: bool) -> Attended:
+        layer, spec, call = self.layer, self.layer.spec, self.call
+        T = x.shape[0]
+        entry = layer.qkv.input(T)
+        rms_norm(x, layer.norms.attention, spec.eps, spec.norm_offset, out=entry[:, : spec.hidden])
+        qkv, z_qkv = layer.qkv.forward(entry, layer.qkv.matrix(), seed=call.seed(0))
+        q, k, v, raw, rstds = self._positioned(qkv)
+        with torch.set_grad_enabled(differentiable):
+            q, k, v = (part.detach().requires_grad_(differentiable) for part in (q, k, v))
+            out = attention(q, k, v, call.rows, spec.attention_scale, spec.window, spec.softcap,
+                            spec.attention_dropout if call.training else 0.0)
+        return Attended(z_qkv, raw, rstds, (q, k, v), out)
+
+    def _add_attention(self, attended: Attended, x: Tensor) -> Tensor:
+        """The stream [T, H] between attention and MLP."""
+        layer = self.layer
+        entry = layer.o.input(x.shape[0])
+        entry[:, : layer.o.K].copy_(attended.out.detach().flatten(1))
+        mid, attended.z_o, attended.branch = self._join(layer.o, entry, layer.norms.after_attention, x,
+                                                        self.call.seed(1))
+        return mid
+
+    def _positioned(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
+        """q [T, heads, D], k and v [T, kv_heads, D], normalised and rotated; qkv before that if it is still needed."""
+        spec, call = self.layer.spec, self.call
+        q, k, v = heads(qkv, spec)
+        raw, rstds = None, None
+        if spec.qk_norm:
+            raw = qkv
+            q, q_rstd = rms_norm(q, cast(Tensor, self.layer.norms.query), spec.eps, spec.norm_offset)
+            k, k_rstd = rms_norm(k, cast(Tensor, self.layer.norms.key), spec.eps, spec.norm_offset)
+            rstds = (q_rstd, k_rstd)
+        if call.cos is not None and call.sin is not None:
+            if raw is not None:
+                rotate_(q, call.cos, call.sin)
+                rotate_(k, call.cos, call.sin)
+            else:
+                together = qkv[:, : spec.q_size + spec.kv_size].unflatten(1, (-1, spec.head_dim))
+                rotate_(together, call.cos, call.sin)
+        return q, k, v, raw, rstds
+
+    def _mlp(self, mid: Tensor, *, keep: bool) -> Tensor:
+        """The layer's output [T, H] from the stream between attention and MLP."""
+        layer, spec = self.layer, self.layer.spec
+        spans = self._spans(len(mid), keep=keep)
+        outputs = []
+        self.z_down = []
+        W = layer.gate_up.matrix()
+        for span in spans:
+            expanded = self._expand(mid[span], W)[0]
+            h = layer.down.input(len(mid[span]))
+            gated(expanded.gate_up[:, : layer.gate_up.N], spec.activation, out=h[:, : spec.intermediate])
+            if keep:
+                self.expanded = expanded
+            y, z_down, expanded.branch = self._join(layer.down, h, layer.norms.after_mlp, mid[span], self.call.seed(3))
+            outputs.append(y)
+            self.z_down.append(z_down)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _spans(self, T: int, *, keep: bool) -> list[slice]:
+        """The rows that the MLP takes at a time."""
+        chunk = self.layer.keep.chunk
+        if keep or chunk is None or self.call.seeds is not None:  # a mask belongs to all rows of a projection
+            return [slice(0, T)]
+        return [slice(at, min(at + chunk, T)) for at in range(0, T, chunk)]
+
+    def _expand(self, mid: Tensor, W: Bordered) -> tuple[Expanded, Tensor, Tensor]:
+        """Gate and up of a normalised [T, H], that itself, and the norm's factors."""
+        layer, spec = self.layer, self.layer.spec
+        entry = layer.gate_up.input(mid.shape[0])
+        _, rstd = rms_norm(mid, layer.norms.mlp, spec.eps, spec.norm_offset, out=entry[:, : spec.hidden])
+        gate_up = layer.gate_up.output(mid.shape[0])
+        _, z = layer.gate_up.forward(entry, W, out=gate_up[:, : layer.gate_up.N], seed=self.call.seed(2))
+        return Expanded(gate_up, z), entry[:, : spec.hidden], rstd
+
+    def _join(self, projection: Projection, entry: Tensor, after: Tensor | None, residual: Tensor,
+              seed: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """residual + scale · norm(projection(entry)), the projection's z, and its output if it is normalised."""
+        spec = self.layer.spec
+        W = projection.matrix()
+        if after is None and spec.residual_scale == 1:
+            y, z = projection.forward(entry, W, residual=residual, seed=seed)
+            return y, z, None
+        branch, z = projection.forward(entry, W, seed=seed)
+        if after is None:
+            return torch.add(residual, branch, alpha=spec.residual_scale), z, None
+        normed, _ = rms_norm(branch, after, spec.eps, spec.norm_offset)
+        return normed.mul_(spec.residual_scale).add_(residual), z, branch
+
+    # Backward
+
+    def backward(self, dy: Tensor, grads: Gradients, *, wants_input: bool) -> Tensor | None:
+        """The gradient of x [T, H], in the buffer that the layers share."""
+        if (below := self.below() if self.below is not None else None) is not None:
+            below.fetch()
+        if self.x is None:
+            raise RuntimeError("a second backward pass through the same forward pass: the engine keeps nothing for it, "
+                               "also with retain_graph=True; run the forward pass again")
+        self.layer.arrive(forward=False)
+        x = self.x.get() if isinstance(self.x, Parked) else self.x
+        mid = self.mid.get() if isinstance(self.mid, Parked) else self.mid
+        if self.attended is None:
+            self.attended = self._attend(x, differentiable=True)
+        if mid is None:
+            mid = self._add_attention(self.attended, x)
+        stream = self._stream(dy)
+        W = self.layer.gate_up.matrix(again=True)
+        spans = self._spans(len(mid), keep=self.expanded is not None)
+        for span, z_down in zip(spans, self.z_down, strict=True):
+            self._mlp_backward(stream[span], mid[span], W, z_down, grads)
+        self.expanded, self.z_down = None, []
+        del mid
+        self._attention_backward(stream, x, self.attended, grads, wants_input=wants_input)
+        self.x = self.mid = self.attended = None
+        return stream[:, : self.layer.spec.hidden] if wants_input else None
+
+    def _stream(self, dy: Tensor) -> Tensor:
+        """dy in a buffer [T, H + R] that has room for the adapters' columns. It is changed in place from here on."""
+        layer, shared = self.layer, self.layer.shared
+        width = layer.spec.hidden + max(layer.o.R, layer.down.R)
+        held = shared.gradient
+        if held is None:
+            settle(dy.device)
+        if held is not None and held.shape[1] >= width and held.data_ptr() == dy.data_ptr() \
+                and held.stride() == dy.stride():
+            return held
+        shared.gradient = torch.empty(dy.shape[0], width, dtype=dy.dtype, device=dy.device)
+        shared.gradient[:, : layer.spec.hidden].copy_(dy)
+        return shared.gradient
+
+    def _branch_gradient(self, stream: Tensor, projection: Projection, after: Tensor | None, branch: Tensor | None,
+                         grads: Gradients) -> Tensor:
+        """The gradient [T, N + R] of what `projection` gave, from that of the sum it was added to."""
+        spec = self.layer.spec
+        if after is None and spec.residual_scale == 1:
+            return stream[:, : projection.N + projection.R]
+        d = projection.output(stream.shape[0])
+        inner = d[:, : projection.N]
+        torch.mul(stream[:, : projection.N], spec.residual_scale, out=inner)
+        if after is not None and branch is not None:
+            _, rstd = rms_norm(branch, after, spec.eps, spec.norm_offset)
+            if grads.wants(after):
+                grads.add(after, rms_norm_weight_grad(inner, branch, rstd))
+            inner.copy_(rms_norm_backward(inner, branch, after, rstd, spec.norm_offset))
+        return d
+
+    def _mlp_backward(self, stream: Tensor, mid: Tensor, W: Bordered, z_down: Tensor | None,
+                      grads: Gradients) -> None:
+        layer, spec, call = self.layer, self.layer.spec, self.call
+        expanded, T = self.expanded, len(stream)
+        if expanded is None:
+            expanded, normed, rstd = self._expand(mid, W)
+        else:
+            normed, rstd = rms_norm(mid, layer.norms.mlp, spec.eps, spec.norm_offset)
+        gate_up = expanded.gate_up
+        W_down = layer.down.matrix(again=True)
+        if layer.norms.after_mlp is not None and expanded.branch is None:
+            h = layer.down.input(T)
+            gated(gate_up[:, : layer.gate_up.N], spec.activation, out=h[:, : spec.intermediate])
+            expanded.branch, _ = layer.down.forward(h, W_down, seed=call.seed(3))
+        d = self._branch_gradient(stream, layer.down, layer.norms.after_mlp, expanded.branch, grads)
+        dh = layer.down.input_gradient(d, W_down, call.seed(3))
+        h = torch.empty_like(dh)
+        pair = gate_up[:, : layer.gate_up.N]
+        gated_backward(pair, dh, spec.activation, pair, h)
+        layer.down.parameter_gradients(d, h, W_down, z_down, grads, call.seed(3))
+        del h, dh
+        dn = layer.gate_up.input_gradient(gate_up, W, call.seed(2))
+        layer.gate_up.parameter_gradients(gate_up, normed, W, expanded.z, grads, call.seed(2))
+        self._norm_backward(dn, mid, layer.norms.mlp, rstd, stream, grads)
+
+    def _attention_backward(self, stream: Tensor, x: Tensor, attended: Attended, grads: Gradients, *,
+                            wants_input: bool) -> None:
+        layer, spec, call = self.layer, self.layer.spec, self.call
+        branch = attended.branch
+        if layer.norms.after_attention is not None and branch is None:
+            self._add_attention(attended, x)
+            branch = attended.branch
+        d = self._branch_gradient(stream, layer.o, layer.norms.after_attention, branch, grads)
+        W = layer.o.matrix(again=True)
+        dout = layer.o.input_gradient(d, W, call.seed(1))
+        layer.o.parameter_gradients(d, attended.out.detach().flatten(1), W, attended.z_o, grads, call.seed(1))
+        dq, dk, dv = torch.autograd.grad(attended.out, attended.leaves, dout.view(attended.out.shape))
+        del dout
+        dqkv = self._positioned_backward(dq, dk, dv, attended, grads)
+        if not (wants_input or any(True for _ in layer.qkv.trainable()) or grads.wants(layer.norms.attention)):
+            return
+        W = layer.qkv.matrix(again=True)
+        dn = layer.qkv.input_gradient(dqkv, W, call.seed(0))
+        normed, rstd = rms_norm(x, layer.norms.attention, spec.eps, spec.norm_offset)
+        layer.qkv.parameter_gradients(dqkv, normed, W, attended.z_qkv, grads, call.seed(0))
+        self._norm_backward(dn, x, layer.norms.attention, rstd, stream, grads)
+
+    def _positioned_backward(self, dq: Tensor, dk: Tensor, dv: Tensor, attended: Attended, grads: Gradients) -> Tensor:
+        """The gradient [T, N + R] of what the qkv projection gave."""
+        layer, spec, call = self.layer, self.layer.spec, self.call
+        d = layer.qkv.output(dq.shape[0])
+        inner = d[:, : spec.qkv_size]
+        if call.cos is not None and call.sin is not None:
+            rotate_into(dq, dk, dv, call.cos, call.sin, out=inner)
+        else:
+            torch.cat((dq.flatten(1), dk.flatten(1), dv.flatten(1)), 1, out=inner)
+        if attended.raw is not None and attended.rstds is not None:
+            weights = (cast(Tensor, layer.norms.query), cast(Tensor, layer.norms.key))
+            for grad, raw, weight, rstd in zip(heads(inner, spec)[:2], heads(attended.raw, spec)[:2], weights,
+                                               attended.rstds, strict=True):
+                if grads.wants(weight):
+                    grads.add(weight, rms_norm_weight_grad(grad.flatten(0, 1), raw.flatten(0, 1), rstd.flatten()))
+                grad.copy_(rms_norm_backward(grad, raw, weight, rstd, spec.norm_offset))
+        return d
+
+    def _norm_backward(self, dn: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, stream: Tensor,
+                       grads: Gradients) -> None:
+        """Add the gradient of a norm's input to the stream's."""
+        spec = self.layer.spec
+        if grads.wants(weight):
+            grads.add(weight, rms_norm_weight_grad(dn, x, rstd))
+        inner = stream[:, : spec.hidden]
+        rms_norm_backward(dn, x, weight, rstd, spec.norm_offset, residual=inner, out=inner)
+
+
+def heads(qkv: Tensor, spec: DecoderSpec) -> tuple[Tensor, Tensor, Tensor]:
+    """Views [T, heads, D] of queries, keys and values in [T, N]."""
+    q, k, v = qkv.split((spec.q_size, spec.kv_size, spec.kv_size), 1)
+    return (q.unflatten(1, (-1, spec.head_dim)), k.unflatten(1, (-1, spec.head_dim)),
+            v.unflatten(1, (-1, spec.head_dim)))
+
+
+class _LayerFunction(torch.autograd.Function):
+    """Autograd's view of a layer: one node."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: Layer, call: Call, *_: Tensor) -> Tensor:
+        layer.shared.gradient = None
+        way = Pass(layer, call)
+        ctx.way, ctx.layer = way, layer
+        with torch.autocast(x.device.type, enabled=False):
+            return way.forward_keeping(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        layer: Layer = ctx.layer
+        grads = Gradients(layer.trainable, in_place=layer.shared.in_place)
+        with torch.autocast(dy.device.type, enabled=False):
+            dx = ctx.way.backward(dy, grads, wants_input=ctx.needs_input_grad[0])
+        return dx, None, None, *(grads.of(tensor) for tensor in layer.trainable)

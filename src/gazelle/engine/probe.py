@@ -1,0 +1,174 @@
+"""Measures what one layer and the loss head take on this device, with random weights of the right shapes.
+
+Shapes: T tokens, N outputs, K inputs, R adapter columns, H hidden, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from gazelle.engine.fp8 import make_projection
+from gazelle.engine.keep import KEEP, Keep
+from gazelle.engine.layer import Call, Layer, Norms, Shared
+from gazelle.engine.linear import Adapter, Gradients, Linear, Projection
+from gazelle.engine.loss import linear_cross_entropy
+from gazelle.engine.outline import Batch, LayerOutline, Outline
+from gazelle.engine.passes import Pass
+from gazelle.engine.plan import ATTENTION, EXPANDED, Rates
+from gazelle.engine.scratch import Scratch
+from gazelle.kernels.attention import Rows
+from gazelle.kernels.nf4 import Nested
+from gazelle.quantize.storage import NF4, Dense, Int8, Storage
+
+_RUNS_ON_CPU = 2
+_LOAD_SECONDS = 0.2
+_LINK_BYTES = 2**26
+_LEAST = 0.1  # of a forward pass
+
+
+def probe(outline: Outline, batch: Batch, device: torch.device, dtype: torch.dtype, *, precision: str = "auto",
+          head: Tensor | None = None) -> Rates:
+    """The rates of a model's most frequent layer.
+
+    Takes the memory of one layer with its activations, and little more than the time of eight passes through it.
+
+    Args:
+        outline: the model.
+        batch: the micro-batch.
+        device, dtype: of the computation.
+        precision: as in `gazelle.accelerate`.
+        head: the head's weight [V, H]; without one, random numbers stand in for it.
+    """
+    kind = max(set(outline.layers), key=outline.layers.count)
+    run = _Runner(kind, batch, device, dtype, precision)
+    forward = run.time(KEEP, backward=False)
+    kept, no_mlp, no_attention = (run.time(keep) for keep in (KEEP, ATTENTION, EXPANDED))
+    loss = _head_time(outline, batch, device, dtype, head) if batch.labelled else 0.0
+    # Whatever the clock says, making something again is never free: what fits is kept, in every run.
+    least = _LEAST * forward
+    return Rates(forward=forward, backward=max(kept - forward, 0.0), attention=max(no_attention - kept, least),
+                 mlp=max(no_mlp - kept, least), head=loss, link=_link(device))
+
+
+class _Runner:
+    """Passes through one random layer."""
+
+    def __init__(self, kind: LayerOutline, batch: Batch, device: torch.device, dtype: torch.dtype,
+                 precision: str) -> None:
+        spec, self.device = kind.spec, device
+        self.layer = _random_layer(kind, device, dtype, precision)
+        T = batch.tokens
+        whole, rest = divmod(T, batch.longest)
+        sizes = (*[batch.longest] * whole, *([rest] if rest else []))
+        starts = torch.tensor([0, *sizes], device=device).cumsum(0, dtype=torch.int32)
+        rows = Rows(len(sizes), batch.longest, uniform=not rest, cu_seqlens=starts, sizes=sizes)
+        angles = torch.rand(T, spec.head_dim, device=device)
+        cos, sin = (angles.cos().to(dtype), angles.sin().to(dtype)) if spec.rotary else (None, None)
+        self.call = Call(rows, cos, sin, training=True, seeds=None)
+        self.x = torch.randn(T, spec.hidden, device=device).to(dtype)
+        self.dy = torch.randn(T, spec.hidden, device=device).to(dtype)
+
+    def time(self, keep: Keep, *, backward: bool = True) -> float:
+        """Seconds of a pass."""
+        self.layer.keep = keep
+
+        def run() -> None:
+            self.layer.shared.gradient = None
+            way = Pass(self.layer, self.call)
+            way.forward_keeping(self.x)
+            if backward:
+                way.backward(self.dy, Gradients(self.layer.trainable), wants_input=True)
+
+        with torch.no_grad():
+            return best_time(run, self.device)
+
+
+def best_time(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds that a function keeps a device busy: on a CPU the least of a few runs.
+
+    On a GPU it is replayed from a CUDA graph, so that launching its kernels does not count, as the host runs ahead; and
+    for as long as it takes the clocks to come down to what they are under load.
+    """
+    run()
+    if device.type != "cuda":
+        return min(_timed(run) for _ in range(_RUNS_ON_CPU))
+    graph = torch.cuda.CUDAGraph()
+    run()
+    torch.cuda.synchronize(device)
+    with torch.cuda.graph(graph):
+        run()
+
+    def replayed(count: int) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(count):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / count
+
+    return replayed(max(2, min(int(_LOAD_SECONDS / replayed(1)), 1000)))
+
+
+def _timed(run: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def _head_time(outline: Outline, batch: Batch, device: torch.device, dtype: torch.dtype, head: Tensor | None) -> float:
+    if head is None:
+        head = torch.randn(outline.vocabulary, outline.hidden, device=device, dtype=dtype)
+    hidden = torch.randn(batch.labelled, outline.hidden, device=device, dtype=dtype, requires_grad=True)
+    targets = torch.randint(outline.vocabulary, (batch.labelled,), device=device)
+    return best_time(lambda: linear_cross_entropy(hidden, head.detach(), targets).backward(), device)
+
+
+def _link(device: torch.device) -> float:
+    """Bytes a second between pinned host memory and a GPU; 0 for other devices."""
+    if device.type != "cuda":
+        return 0.0
+    host = torch.empty(_LINK_BYTES, dtype=torch.uint8, pin_memory=True)
+    there = torch.empty(_LINK_BYTES, dtype=torch.uint8, device=device)
+    return _LINK_BYTES / best_time(lambda: there.copy_(host, non_blocking=True), device)
+
+
+def _random_layer(kind: LayerOutline, device: torch.device, dtype: torch.dtype, precision: str) -> Layer:
+    spec = kind.spec
+    shapes = ((spec.qkv_size, spec.hidden), (spec.hidden, spec.q_size), (2 * spec.intermediate, spec.hidden),
+              (spec.hidden, spec.intermediate))
+    scratch = Scratch()
+    projections: list[Projection] = []
+    for slot, ((N, K), R) in enumerate(zip(shapes, kind.borders, strict=True)):
+        adapter = None
+        if R:
+            a, b = (torch.randn(shape, device=device).mul_(0.01).requires_grad_() for shape in ((R, K), (N, R)))
+            adapter = Adapter(a, b, 1.0)
+        weight = _random_weight(kind.storage, N, K, device, dtype)
+        if kind.gradients and not R and isinstance(weight, Dense):
+            weight.weight.requires_grad_()
+        projections.append(make_projection([Linear(weight, adapter=adapter)], scratch, slot, dtype, precision))
+
+    def norm(size: int) -> Tensor:
+        return torch.ones(size, device=device, dtype=dtype)
+
+    after = norm(spec.hidden) if spec.post_norms else None
+    across = norm(spec.head_dim) if spec.qk_norm else None
+    norms = Norms(norm(spec.hidden), norm(spec.hidden), after, after, across, across)
+    qkv, o, gate_up, down = projections
+    return Layer(spec, norms, qkv, o, gate_up, down, Shared())
+
+
+def _random_weight(storage: str, N: int, K: int, device: torch.device, dtype: torch.dtype) -> Storage:
+    if storage == "nf4":
+        blocks = -(-N * K // 64)
+        nested = Nested(torch.linspace(-1, 1, 256, device=device), torch.rand(-(-blocks // 256), device=device) / 50,
+                        torch.tensor(0.02, device=device), 256)
+        return NF4(torch.randint(0, 256, (-(-N * K // 2),), dtype=torch.uint8, device=device),
+                   torch.linspace(-1, 1, 16, device=device),
+                   torch.randint(0, 256, (blocks,), dtype=torch.uint8, device=device), nested, 64, (N, K), dtype)
+    if storage == "int8":
+        return Int8(torch.randint(-127, 128, (N, K), dtype=torch.int8, device=device), torch.rand(N, device=device))
+    return Dense(torch.randn(N, K, device=device, dtype=dtype).mul_(K**-0.5))
