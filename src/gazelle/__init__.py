@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gazelle.base.device import is_bfloat16_supported
     from gazelle.base.errors import GazelleError, UserError
     from gazelle.facade.language_model import FastLanguageModel
+    from gazelle.models.swap import accelerate, explain, restore
     from gazelle.train.config import SFTConfig
     from gazelle.train.trainer import SFTTrainer
 
@@ -21,11 +22,14 @@ _HOMES = {
     "SFTConfig": "gazelle.train.config",
     "SFTTrainer": "gazelle.train.trainer",
     "UserError": "gazelle.base.errors",
+    "accelerate": "gazelle.models.swap",
+    "explain": "gazelle.models.swap",
+    "restore": "gazelle.models.swap",
     "is_bfloat16_supported": "gazelle.base.device",
 }
 
 __all__ = ["FastLanguageModel", "GazelleError", "SFTConfig", "SFTTrainer", "UserError", "__version__",
-           "is_bfloat16_supported"]
+           "accelerate", "explain", "is_bfloat16_supported", "restore"]
 
 
 def __getattr__(name: str) -> object:

@@ -18,7 +18,7 @@ from gazelle.quantize.bnb import is_quantized_linear
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-_CHECKPOINTING = (True, False, "auto", "unsloth")
+_CHECKPOINTING = (True, False, "auto", "offload", "unsloth")
 
 
 def add_lora(model: Any, *, r: int = 16, target_modules: str | Sequence[str] | None = None,
@@ -43,7 +43,8 @@ def add_lora(model: Any, *, r: int = 16, target_modules: str | Sequence[str] | N
         layers_to_transform: numbers of the decoder layers to adapt; None for all.
         modules_to_save: modules to train in full and save with the adapter.
         use_dora: train direction and magnitude apart (https://arxiv.org/abs/2402.09353).
-        use_gradient_checkpointing: True switches it on, False off; "auto" or "unsloth" leave it to the trainer.
+        use_gradient_checkpointing: True switches it on, False off; "auto", "offload" and "unsloth" leave it to the
+            trainer.
         **kwargs: further options of peft.LoraConfig.
 
     Raises:
@@ -170,8 +171,10 @@ def _seeded(model: torch.nn.Module, seed: int) -> Iterator[None]:
 
 
 def _build(model: Any, config: "LoraConfig", peft: Any) -> "PeftModel":
+    # Made where the model is: factors made on the host first take a second for a large model.
+    place = next(model.parameters()).device
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.device(place):
             # An adapter on one of two tied ends: merging writes both, so what PEFT warns of does not happen.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             return peft.get_peft_model(model, config)

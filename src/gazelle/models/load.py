@@ -13,6 +13,7 @@ from gazelle.base.log import logger
 from gazelle.models import options
 from gazelle.models.checkpoint import Checkpoint, check_finite, find_checkpoint, read_json, weight_files
 from gazelle.models.context import can_stretch, context_limit, fit_context
+from gazelle.models.finite import summed_while_quantised
 from gazelle.models.record import read_record
 from gazelle.models.special_tokens import align_special_tokens
 from gazelle.quantize.bnb import forbid_repacking, hush_int8_casts
@@ -81,11 +82,13 @@ def load_model(model_name: str, *, max_seq_length: int | None = None, dtype: "st
         max_seq_length = _stretched(checkpoint, base, config, record)
     length = fit_context(config, max_seq_length)
     quantization = _quantization(config, bits, quant_method, wanted, full_finetuning)
-    if quantization is not None:
-        _check_files(base, place)
-    model = _weights(base, config, wanted, place, quantization, trust_remote_code, kwargs)
-    if quantization is None:
+    with summed_while_quantised() as sums:
+        model = _weights(base, config, wanted, place, quantization, trust_remote_code, kwargs)
+    for parameter in model.parameters():
+        sums.add(parameter)
+    if not sums.finite():
         check_finite(model.named_parameters(), base.name)
+        _check_files(base, place)
     tokenizer = _tokenizer(checkpoint, base, trust_remote_code)
     if checkpoint.adapter is not None and len(tokenizer) > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)  # tokens were added before the adapter
@@ -192,7 +195,7 @@ def _quantization(config: "PretrainedConfig", bits: int, method: str, dtype: Any
 
 
 def _check_files(base: Checkpoint, place: Any) -> None:
-    """Look for NaN before quantising: afterwards it is gone from sight but not from the results."""
+    """Look for NaN in the files: the quantised weights do not show it."""
     from safetensors import safe_open
 
     device = place.get("", "cpu") if isinstance(place, dict) else "cpu"

@@ -7,7 +7,9 @@ from weakref import WeakKeyDictionary
 
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError
+from gazelle.models.families import window_of
 from gazelle.models.modes import evaluating
+from gazelle.models.swap import runs_on_engine
 from gazelle.quantize.bnb import forbid_repacking
 
 if TYPE_CHECKING:
@@ -46,6 +48,8 @@ def supports_packing(model: "nn.Module") -> str | None:
         return "its attention has sinks"
     if not inner._supports_attention_backend or getattr(config, "alibi", False):
         return "its attention cannot be swapped through transformers' attention interface"
+    if runs_on_engine(inner):
+        return None
     if inner not in _tried:
         _tried[inner] = _try(inner)
     return _tried[inner]
@@ -75,18 +79,9 @@ def _try(inner: "PreTrainedModel") -> str | None:
     if not seen:
         return "its attention does not go through transformers' attention interface"
     config = inner.config.get_text_config()
-    if any(window != _window(config, layer) for layer, window in seen):
+    if any(window != window_of(config, layer) for layer, window in seen):
         return "its attention is not told of its sliding window"
     return None
-
-
-def _window(config: Any, layer: int | None) -> int | None:
-    """The sliding window that the config gives to a layer."""
-    window: int | None = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if kinds and layer is not None:
-        return window if kinds[layer] == "sliding_attention" else None
-    return window if getattr(config, "use_sliding_window", True) else None
 
 
 @contextlib.contextmanager
