@@ -13,6 +13,7 @@ from gazelle.base.device import default_device
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import say_once
 from gazelle.base.optional import OPTIONAL, require
+from gazelle.base.sizes import parse_bytes
 
 # Spellings that earlier releases of transformers and TRL took, and what they are called now.
 RENAMED = {
@@ -42,6 +43,7 @@ DROPPED = {
 }
 
 
+CHECKPOINTING = (True, False, "auto", "offload", "unsloth")
 # Options whose values are never written down.
 SECRETS = ("hub_token", "push_to_hub_token")
 # Paging moves optimizer state between a GPU and its host; on a CPU there is nothing to page.
@@ -82,6 +84,23 @@ class _SFTArguments(TrainingArguments):
     system: str | None = field(default=None, metadata={"help": "System turn for rows that have none."})
     chat_template: str | None = field(
         default=None, metadata={"help": "Name of a shipped template; default: the tokenizer's own."}
+    )
+    engine: bool = field(
+        default=True, metadata={"help": "Run the decoder layers on gazelle's engine, where it knows the family."}
+    )
+    precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = field(
+        default="auto", metadata={"help": "What to compute in: auto is the model's type; fp8 multiplies frozen weights "
+                                          "in 8 bits, on Hopper GPUs and newer."}
+    )
+    memory_budget: str | int | None = field(
+        default=None, metadata={"help": 'Device memory that training may take, such as "12GB". Default: what is free.'}
+    )
+    use_gradient_checkpointing: bool | str = field(
+        default="auto", metadata={"help": "true, false, offload (layers' inputs wait in host memory), or auto: what "
+                                          "the memory budget asks for."}
+    )
+    step_graph: bool | str = field(
+        default="auto", metadata={"help": "Record steps as CUDA graphs: true, false, or auto (small models)."}
     )
     report: bool = field(default=True, metadata={"help": "Write report.html and loss.png when training ends."})
     report_samples: int = field(
@@ -188,12 +207,18 @@ def check_values(config: Any) -> None:
     if str(config.train_sampling_strategy) == "group_by_length":
         say_once("train_sampling_strategy='group_by_length' has no effect: " + DROPPED["group_by_length"])
         config.train_sampling_strategy = "random"
+    if config.memory_budget is not None:
+        parse_bytes(config.memory_budget, "memory_budget")
+    if config.use_gradient_checkpointing not in CHECKPOINTING:
+        raise OptionError("a training option has a value that cannot be used", where="use_gradient_checkpointing",
+                          found=repr(config.use_gradient_checkpointing),
+                          expected="one of " + ", ".join(map(str, CHECKPOINTING)), fix='write "auto"')
     choices = {
         "optim": [kind.value for kind in OptimizerNames], "lr_scheduler_type": [kind.value for kind in SchedulerType],
         "eval_strategy": [kind.value for kind in IntervalStrategy],
         "save_strategy": [kind.value for kind in SaveStrategy],
         "train_sampling_strategy": ["random", "sequential"], "packing_strategy": ["bfd", "wrapped"],
-        "train_on": ["responses", "all"],
+        "train_on": ["responses", "all"], "precision": ["auto", "bf16", "fp16", "fp32", "fp8"],
     }
     for name, known in choices.items():
         value = getattr(config, name)

@@ -49,16 +49,17 @@ class Collator:
     Args:
         packed: end to end.
         pad_token_id: what to pad with otherwise.
+        round_up: packed batches come in few shapes (`data.collate.collate`).
     """
 
-    def __init__(self, packed: bool, pad_token_id: int) -> None:
-        self.packed, self.pad_token_id = packed, pad_token_id
+    def __init__(self, packed: bool, pad_token_id: int, round_up: bool = False) -> None:
+        self.packed, self.pad_token_id, self.round_up = packed, pad_token_id, round_up
 
     def __call__(self, entries: list[dict[str, Any]]) -> dict[str, Any]:
         rows = [row for entry in entries for row in entry["rows"]]
         if not self.packed:
             return collate_padded(rows, self.pad_token_id)
-        batch: dict[str, Any] = collate(rows)
+        batch: dict[str, Any] = collate(rows, round_up=self.round_up)
         # transformers hands these names through to the attention function (FlashAttentionKwargs).
         batch["cu_seq_lens_q"] = batch["cu_seq_lens_k"] = batch.pop("cu_seq_lens")
         batch["max_length_q"] = batch["max_length_k"] = batch.pop("max_length")
@@ -89,11 +90,11 @@ def labelled_targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Positions whose successor is labelled, and the ids they should predict.
 
     Args:
-        labels: [1, T] with -100 where nothing is learnt.
+        labels: [B, L] with -100 where nothing is learnt.
 
     Returns:
-        positions [n] (int64) and targets [n] (int64).
+        positions [n] (int64) in the tokens of all rows, and targets [n] (int64).
     """
-    shifted = labels[0, 1:]
+    shifted = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
     positions = (shifted != -100).nonzero()[:, 0]
     return positions, shifted[positions]

@@ -51,7 +51,8 @@ class LoraSection(_Section):
     use_dora: bool = Field(False, description="Weight-decomposed LoRA.")
     layers_to_transform: list[int] | None = Field(None, description="Layers to adapt. Default: all.")
     modules_to_save: list[str] | None = Field(None, description="Modules trained in full and saved beside.")
-    use_gradient_checkpointing: bool | Literal["auto", "unsloth"] = Field("auto", description="Trade time for memory.")
+    use_gradient_checkpointing: bool | Literal["auto", "offload", "unsloth"] = Field(
+        "auto", description="Trade time for memory.")
     random_state: int = Field(3407, description="Seed of the adapter's initial values.")
 
 

@@ -29,6 +29,7 @@ class RunFacts:
     tokens: int
     tokens_per_second: float
     peak_memory: int
+    plan: list[tuple[str, str]]
     adapter: dict[str, Any] | None
 
 
@@ -51,7 +52,7 @@ def write_report(args: TrainingArguments, facts: RunFacts, data: DataReport, sam
         title=f"Fine-tuning {Path(facts.model_name).name or facts.model_name}",
         subtitle=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z} · {folder}",
         cards=cards, plots=panel_svgs(metrics), samples=samples,
-        warnings=data.warnings, data_lines="\n".join(data.lines(warnings=False)),
+        plan=facts.plan, warnings=data.warnings, data_lines="\n".join(data.lines(warnings=False)),
         settings=_settings(args, facts), all_settings=_all_settings(args), machine=_machine(),
     )
     write_text(folder / "report.html", page)

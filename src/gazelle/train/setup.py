@@ -15,12 +15,22 @@ from gazelle.train.config import SFTConfig
 
 def match_precision(config: SFTConfig, model: PreTrainedModel) -> None:
     """Compute in the model's own 16-bit type on a GPU unless the caller chose one."""
-    if model.device.type == "cpu" or config.bf16 or config.fp16:
+    if config.precision in ("bf16", "fp16", "fp32"):
+        config.bf16, config.fp16 = config.precision == "bf16", config.precision == "fp16"
+    elif model.device.type == "cpu" or config.bf16 or config.fp16:
         return
-    config.bf16 = model.dtype == torch.bfloat16
-    config.fp16 = model.dtype == torch.float16
+    else:
+        config.bf16 = model.dtype == torch.bfloat16
+        config.fp16 = model.dtype == torch.float16
     if config.bf16 or config.fp16:
         config.mixed_precision = "bf16" if config.bf16 else "fp16"  # what the accelerator is built from
+
+
+def move_without_waiting(config: SFTConfig) -> None:
+    """Let the host run ahead of the GPU: batches are copied from pinned memory while the step before still runs."""
+    if config.dataloader_pin_memory:
+        config.accelerator_config.non_blocking = True
+    config.logging_nan_inf_filter = False  # it waits for every loss; one that is not finite is shown as it is
 
 
 def check_eval_rows(config: SFTConfig, has_eval: bool) -> None:

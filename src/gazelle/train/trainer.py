@@ -5,6 +5,7 @@ tokens of the whole accumulated batch, and writes metrics and a report.
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,20 +28,27 @@ from gazelle.base.device import memory_in_use, peak_memory
 from gazelle.base.errors import OptionError
 from gazelle.base.files import check_writable
 from gazelle.base.log import say_once
+from gazelle.engine.flat import clip_
 from gazelle.models.load import load_model
 from gazelle.models.packed import packed_attention_on, supports_packing
 from gazelle.models.record import record_base
 from gazelle.models.special_tokens import stop_at_end_of_turn
+from gazelle.models.swap import accelerate
 from gazelle.train.config import with_options
 from gazelle.train.dataset import Bins, Collator, DictRows, make_bins
-from gazelle.train.loss import batch_loss
+from gazelle.train.finite import FiniteGradients
+from gazelle.train.loss import batch_loss, loss_sums
 from gazelle.train.memory import choose_checkpointing
 from gazelle.train.metrics import MetricsFile
+from gazelle.train.optimizer import HeldGradients, can_flatten, flatten
+from gazelle.train.plan import RunPlan, Window, plan_run
 from gazelle.train.prepare import Prepared, encode_rows, prepare
 from gazelle.train.progress import Progress
 from gazelle.train.report import RunFacts, write_report
 from gazelle.train.samples import Sample, answer_samples, pick_samples
-from gazelle.train.setup import check_checkpoint, check_together, match_precision
+from gazelle.train.setup import check_checkpoint, check_together, match_precision, move_without_waiting
+from gazelle.train.step import GraphedStep, refuses_graph
+from gazelle.train.stopwatch import Stopwatch
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -98,6 +106,8 @@ class SFTTrainer(Trainer):
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         match_precision(config, model)
+        if config.engine:
+            accelerate(model, precision="fp8" if config.precision == "fp8" else "auto")
         self.prepared: Prepared = prepare(model, tokenizer, config, train_dataset, eval_dataset, formatting_func)
         stop_at_end_of_turn(model, tokenizer)
 
@@ -109,10 +119,17 @@ class SFTTrainer(Trainer):
         if config.packing and data_collator is not None:
             say_once("packing=True has no effect with a data_collator of your own")
         self._packed = refusal is None and data_collator is None
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        self._graphed = refuses_graph(config, model, packed=self._packed, processes=processes) is None
+        self.plan: RunPlan | None = None
+        if self.prepared.train is not None:
+            self.plan = plan_run(model, self.prepared.train, config, packed=self._packed)
         self._use_cache_before = getattr(model.config, "use_cache", None)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         config.remove_unused_columns = False  # what the data room hands over is all used
         self._config = config
+        if model.device.type == "cuda":
+            move_without_waiting(config)
         try:
             super().__init__(
                 model=model,
@@ -120,7 +137,7 @@ class SFTTrainer(Trainer):
                 train_dataset=self._dataset(self.prepared.train),
                 eval_dataset=self._dataset(self.prepared.eval),
                 processing_class=tokenizer,
-                data_collator=data_collator or Collator(self._packed, pad),
+                data_collator=data_collator or Collator(self._packed, pad, round_up=self._graphed),
                 compute_metrics=compute_metrics,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 callbacks=callbacks,
@@ -143,6 +160,19 @@ class SFTTrainer(Trainer):
             self.add_callback(self._progress)
         if config.output_dir:
             self.add_callback(MetricsFile())
+        self._finite: FiniteGradients | None = None
+        if config.fp16 or config.precision == "fp8":
+            self._finite = FiniteGradients("fp16" if config.fp16 else "fp8", scaled=self.accelerator.scaler is not None)
+            self.add_callback(self._finite)
+        self._stopwatch = Stopwatch(self.args.device, lambda: self._tokens, lambda: self._evaluating)
+        self.add_callback(self._stopwatch)
+        self._window: Window | None = None
+        if self.plan is not None:
+            self._window = Window(self.plan, model, self._drop_step)
+            self.add_callback(self._window)
+        self._held = HeldGradients(model)
+        self._step: GraphedStep | None = None
+        self._weights = sum(parameter.numel() for parameter in model.parameters())
         self.samples: list[Sample] = []
         self.seconds = 0.0  # that the last call of train() took, samples and report apart
         self._tokens = self._tokens_logged = 0
@@ -162,13 +192,14 @@ class SFTTrainer(Trainer):
         if reported and config.report_samples:
             self.samples = pick_samples(self.prepared.conversations, config.report_samples)
             answer_samples(self.model, self.processing_class, self.samples, "before", config.report_max_new_tokens)
-        if self.prepared.train is not None and not config.gradient_checkpointing:
+        if self.plan is None and self.prepared.train is not None and not config.gradient_checkpointing:
             choose_checkpointing(self.model, self.prepared.train, config, packed=self._packed)
         self._tokens = self._tokens_logged = 0
         self._evaluating = 0.0
         began = self._logged_at = time.perf_counter()
         try:
-            with self._packed_attention():
+            planned = contextlib.nullcontext() if self.plan is None else self.plan.in_force(self.model, self._stopwatch)
+            with self._packed_attention(), self._held, planned:
                 if self._use_cache_before is not None:
                     self.model.config.use_cache = False
                 result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -176,6 +207,8 @@ class SFTTrainer(Trainer):
             self._restore_cache(self.model)
             if self._progress is not None:
                 self._progress.stop()
+            if self._step is not None:
+                self._step.graph.clear()
         self.seconds = time.perf_counter() - began
         if reported and self.prepared.report is not None:
             answer_samples(self.model, self.processing_class, self.samples, "after", config.report_max_new_tokens)
@@ -190,6 +223,44 @@ class SFTTrainer(Trainer):
         if self.args.should_save and (folder / "adapter_config.json").exists():
             record_base(self.model, folder)
 
+    optimizer: Any
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As the base class does; trained parameters lie end to end where the optimizer takes numbers one by one."""
+        target = self.model if model is None else model
+        name = getattr(self.args.optim, "value", self.args.optim)
+        if self.optimizer is None and self.args.world_size == 1 and can_flatten(target, name):
+            decayed = self.get_decay_parameter_names(target)
+            flats, groups = flatten(target, decayed, self.args.weight_decay)
+            kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            self.optimizer = kind(groups, **options)
+            self._held.hold(flats)
+        return super().create_optimizer(model)
+
+    def training_step(self, model: torch.nn.Module, inputs: dict[str, Any],
+                      num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
+        """Forward and backward of a micro-batch; with those before it again, if memory runs out on a smaller plan."""
+        if self._window is None or self.args.world_size > 1:
+            return self._micro_batch(model, inputs, num_items_in_batch)
+        return self._window.run(inputs, lambda batch: self._micro_batch(model, batch, num_items_in_batch))
+
+    def _micro_batch(self, model: torch.nn.Module, inputs: dict[str, Any],
+                     num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+        """What the base class does to every module at every step is left out where our own batches allow it."""
+        if not self._held.flats or num_items_in_batch is None or "cu_seq_lens_q" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if not model.training:
+            model.train()
+        inputs = self._prepare_inputs(inputs)
+        if not self._graphed:
+            loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+            self.accelerator.backward(loss)
+            return loss.detach()
+        if self._step is None or self._step.model is not model:
+            self._step = GraphedStep(model, self.args.label_smoothing_factor)
+        self._tokens += inputs["tokens"]
+        return self._step(inputs, num_items_in_batch)
+
     def compute_loss(
         self,
         model: torch.nn.Module,
@@ -199,8 +270,9 @@ class SFTTrainer(Trainer):
     ) -> Any:
         """Mean cross entropy over the labelled tokens of the whole accumulated batch."""
         mask = inputs.get("attention_mask")
-        self._tokens += inputs["labels"].numel() if mask is None else int(mask.sum())
-        total, output = batch_loss(model, inputs, self.args.label_smoothing_factor)
+        self._tokens += inputs["tokens"] if "tokens" in inputs else inputs["labels"].numel() if mask is None \
+            else int(mask.sum())
+        total, output = batch_loss(model, inputs, self.args.label_smoothing_factor, logits=return_outputs)
         count = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
         loss = total / count
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -219,18 +291,9 @@ class SFTTrainer(Trainer):
             with self._packed_attention():
                 return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
         started = time.perf_counter()
-        was_training = self.model.training
-        self.model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        try:
-            with torch.no_grad(), self._packed_attention():
-                for batch in self.get_eval_dataloader(eval_dataset):
-                    inputs = self._prepare_inputs(batch)
-                    with self.compute_loss_context_manager():
-                        total, _ = batch_loss(self.model, inputs)
-                    sums += torch.tensor([total.item(), (inputs["labels"] != -100).sum().item()], dtype=torch.float64)
-        finally:
-            self.model.train(was_training)
+        with self._packed_attention():
+            batches = (self._prepare_inputs(batch) for batch in self.get_eval_dataloader(eval_dataset))
+            sums = loss_sums(self.model, batches, self.compute_loss_context_manager)
         total_sum, count = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").tolist()
         seconds = time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_loss": total_sum / count, f"{metric_key_prefix}_runtime": seconds}
@@ -268,6 +331,30 @@ class SFTTrainer(Trainer):
         """Evaluation rows that came after the trainer was made."""
         return encode_rows(self.processing_class, self.model.config.model_type, self._config, None, source).eval
 
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Six a weight and token, without counting the weights again at every step."""
+        return 6 * inputs["input_ids"].numel() * self._weights
+
+    def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
+        if self._finite is not None:
+            self._finite.look(model)
+        if not self._held.flats or self.accelerator.scaler is not None:
+            return super()._clip_grad_norm(model)
+        return clip_(self._held.flats, self.args.max_grad_norm)
+
+    def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._held.flats and self.accelerator.scaler is None:
+            return clip_(self._held.flats, float("inf"))
+        return super()._get_grad_norm(model, grad_norm)
+
+    def _drop_step(self) -> None:
+        """Memory ran out: let go of gradients, and of graphs with their activations."""
+        if self._step is not None:
+            self._step.graph.clear()
+        self.model.zero_grad()
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _restore_cache(self, model: Any) -> None:
         """The base class turns the cache off for good; answering needs it."""
         if self._use_cache_before is not None:
@@ -284,8 +371,16 @@ class SFTTrainer(Trainer):
             steps=self.state.global_step, seconds=self.seconds, tokens=self._tokens,
             tokens_per_second=self._tokens / max(self.seconds - self._evaluating, 1e-9),
             peak_memory=peak_memory(str(self.args.device)),
+            plan=self._plan_lines(),
             adapter=adapter and {name: getattr(adapter, name) for name in chosen if hasattr(adapter, name)},
         )
+
+    def _plan_lines(self) -> list[tuple[str, str]]:
+        lines = [] if self.plan is None else self.plan.lines()
+        if self._finite is not None and self._finite.skipped:
+            said = f"{self._finite.skipped}, the last as the gradient of {self._finite.names[0]} was not finite"
+            lines.append(("skipped steps", said))
+        return lines
 
     @contextlib.contextmanager
     def _packed_attention(self) -> Iterator[None]:

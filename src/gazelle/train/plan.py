@@ -1,0 +1,273 @@
+"""The memory plan of a run: made before it starts, in force while it runs, made anew if memory still runs out."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from gazelle.adapters.unwrap import unwrap
+from gazelle.base.device import memory_in_use, peak_memory
+from gazelle.base.errors import OptionError
+from gazelle.base.log import logger
+from gazelle.base.sizes import gigabytes, parse_bytes
+from gazelle.data.encode import Encoded
+from gazelle.engine.keep import ALL, KEEP, OFFLOAD, Keep
+from gazelle.engine.outline import Batch, Outline
+from gazelle.engine.plan import Plan, Rates, TooSmallError, make_plan
+from gazelle.engine.probe import probe
+from gazelle.models.host_embedding import embedding_on_host
+from gazelle.models.outline import outline_of
+from gazelle.models.streamed import can_stream, weights_streamed
+from gazelle.models.swap import runs_on_engine, swapped_layers
+from gazelle.train.config import SFTConfig
+from gazelle.train.memory import largest_batch
+from gazelle.train.stopwatch import Stopwatch
+
+RESERVE = 0.05  # of free memory: what the allocator cannot hand out in one piece, and libraries' own workspaces
+STEP_DOWN = 0.85  # of the predicted peak, after memory ran out
+PROBED_ON_CPU = 512  # tokens; a layer's time grows with them, and a CPU takes long
+
+
+@dataclass
+class RunPlan:
+    """A plan, what it was made from, and what came of it.
+
+    Attributes:
+        plan: what is in force, or was.
+        batch: the largest micro-batch, which it is made for.
+        notes: what happened to it, for the report.
+        measured_peak: bytes, once the run is over; None where they cannot be told apart from other memory.
+        measured_seconds: of a micro-batch as large as `batch`, once the run is over.
+    """
+
+    plan: Plan
+    outline: Outline
+    batch: Batch
+    rates: Rates
+    allowed: Callable[[Keep], bool] | None
+    host: bool
+    streams: bool
+    notes: list[str] = field(default_factory=list)
+    measured_peak: int | None = None
+    measured_seconds: float | None = None
+    _stack: contextlib.ExitStack | None = None
+
+    @property
+    def predicted_peak(self) -> int:
+        """Bytes."""
+        return self.plan.peak
+
+    @property
+    def predicted_seconds(self) -> float | None:
+        """Of a micro-batch as large as `batch`."""
+        return self.plan.seconds
+
+    @contextlib.contextmanager
+    def in_force(self, model: Any, stopwatch: Stopwatch) -> Iterator[None]:
+        """While it lasts, layers keep what the plan says, and weights lie where it says; peak and time are measured."""
+        device = str(stopwatch.device)
+        self._enter(model)
+        try:
+            if stopwatch.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            yield
+            if stopwatch.device.type == "cuda":
+                self.measured_peak = peak_memory(device)
+            if stopwatch.seconds_a_token is not None:
+                self.measured_seconds = stopwatch.seconds_a_token * self.batch.tokens
+        finally:
+            self._leave()
+
+    def step_down(self, model: Any) -> bool:
+        """Go on with a plan for less memory, after there was not enough; False if there is none."""
+        try:
+            lower = make_plan(self.outline, self.batch, int(self.plan.peak * STEP_DOWN), self.rates, host=self.host,
+                              allowed=self.allowed, streams=self.streams)
+        except TooSmallError:
+            return False
+        self.notes.append(f"memory ran out with a predicted peak of {gigabytes(self.plan.peak)}: planned again for "
+                          f"{gigabytes(lower.peak)} ({lower.describe()})")
+        logger.warning("Out of memory: %s.", self.notes[-1])
+        self._leave()
+        self.plan = lower
+        self._enter(model)
+        return True
+
+    def lines(self) -> list[tuple[str, str]]:
+        """(what, predicted, and measured where it was) for the report."""
+        peak, seconds = gigabytes(self.plan.peak), self.plan.seconds
+        if self.measured_peak is not None:
+            peak += f"; measured {gigabytes(self.measured_peak)} ({self.measured_peak / self.plan.peak - 1:+.1%})"
+        found = [("plan", self.plan.describe()), ("peak memory", f"predicted {peak}")]
+        if seconds is not None:
+            time = f"predicted {seconds * 1e3:,.0f} ms for {self.batch.tokens:,} tokens"
+            if self.measured_seconds is not None:
+                time += f"; measured {self.measured_seconds * 1e3:,.0f} ms ({self.measured_seconds / seconds - 1:+.1%})"
+            found.append(("time of a micro-batch", time))
+        return found + [("note", note) for note in self.notes]
+
+    def _enter(self, model: Any) -> None:
+        layers = swapped_layers(model)
+        with contextlib.ExitStack() as stack:
+            if self.plan.embedding_on_host:
+                stack.enter_context(embedding_on_host(model))
+            if self.plan.streamed:
+                stack.enter_context(weights_streamed(model, self.plan.streamed))
+            for module, keep in zip(layers, self.plan.keeps, strict=True):
+                module.gazelle.keep = keep
+                stack.callback(setattr, module.gazelle, "keep", KEEP)
+            self._stack = stack.pop_all()
+
+    def _leave(self) -> None:
+        if self._stack is not None:
+            self._stack.close()
+            self._stack = None
+
+
+class Window(TrainerCallback):
+    """The micro-batches of one optimizer step, run again with a smaller plan if memory runs out in one of them.
+
+    Args:
+        plan: of the run.
+        model: that is trained.
+        clear: drops the gradients and whatever else the failed step left.
+    """
+
+    def __init__(self, plan: RunPlan, model: Any, clear: Callable[[], None]) -> None:
+        self.plan, self.model, self.clear = plan, model, clear
+        self.batches: list[dict[str, Any]] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        """The first micro-batch of a step comes next."""
+        self.batches.clear()
+
+    def run(self, batch: dict[str, Any], micro_batch: Callable[[dict[str, Any]], Tensor]) -> Tensor:
+        """The loss of a micro-batch.
+
+        Raises:
+            torch.OutOfMemoryError: even the smallest plan needs more than there is.
+        """
+        self.batches.append(batch)
+        try:
+            return micro_batch(batch)
+        except torch.OutOfMemoryError as error:
+            failure = error.with_traceback(None)  # its frames hold on to activations
+        while True:
+            self.clear()
+            if not self.plan.step_down(self.model):
+                raise failure
+            try:
+                return [micro_batch(again) for again in self.batches][-1]
+            except torch.OutOfMemoryError as error:
+                failure = error.with_traceback(None)
+
+
+def plan_run(model: Any, rows: Encoded, config: SFTConfig, *, packed: bool) -> RunPlan | None:
+    """The plan for a model that runs on the engine, or None for one that does not.
+
+    Args:
+        model: accelerated, with its adapter.
+        rows: what it is to be trained on.
+        config: the run's settings.
+        packed: rows lie end to end, and only labelled tokens reach the head.
+
+    Raises:
+        OptionError: the budget is too small, or fits no plan of the kind that was asked for.
+    """
+    if not runs_on_engine(model):
+        return None
+    tokens, labelled = largest_batch(rows, config, packed=packed)
+    batch = Batch(tokens, labelled, min(tokens, config.max_length or tokens, max(map(_length, rows.examples))))
+    made = plan_outline(model, batch, unwrap(model).device, optim=str(getattr(config.optim, "value", config.optim)),
+                        precision=config.precision, budget=config.memory_budget,
+                        checkpointing=asked_checkpointing(model, config))
+    if any(keep != KEEP for keep in made.plan.keeps) or made.plan.streamed:
+        logger.info("Memory plan for %s: %s; predicted peak %s.", gigabytes(made.plan.budget), made.plan.describe(),
+                    gigabytes(made.plan.peak))
+    return made
+
+
+def plan_outline(model: Any, batch: Batch, device: torch.device, *, optim: str, precision: str,
+                 budget: str | int | None, checkpointing: bool | str,
+                 stored: str | None = None) -> RunPlan:
+    """The plan for an accelerated model on a device, where it need not be yet.
+
+    Args:
+        model: with its adapter; on the meta device it has no weights.
+        batch: the largest micro-batch.
+        device: where it trains.
+        optim, precision: as in `SFTConfig`.
+        budget: as `SFTConfig.memory_budget`.
+        checkpointing: as `SFTConfig.use_gradient_checkpointing`.
+        stored: how weights are going to be kept, for a model on the meta device.
+
+    Raises:
+        OptionError: the budget is too small, or fits no plan of the kind that was asked for.
+    """
+    outline = outline_of(model, optim, stored, precision)
+    allowed = _allowed(checkpointing)
+    host = device.type == "cuda"
+    streams = host and can_stream(model) and stored != "int8"
+    bytes_ = budget_of(budget, device)
+    head = unwrap(model).get_output_embeddings().weight
+    rates = _rates(outline, batch, device, swapped_layers(model)[0].input_layernorm.weight.dtype, precision,
+                   None if head.device.type == "meta" else head)
+    try:
+        plan = make_plan(outline, batch, bytes_, rates, host=host, allowed=allowed, streams=streams)
+    except TooSmallError as error:
+        raise too_small(error, bytes_, budget is not None) from None
+    return RunPlan(plan, outline, batch, rates, allowed, host, streams)
+
+
+def too_small(error: TooSmallError, budget: int, chosen: bool) -> OptionError:
+    """What a user is told when nothing fits."""
+    return OptionError(
+        "no plan fits into the memory budget" if chosen else "the model does not fit into the memory that is free",
+        where="memory_budget", found=gigabytes(budget), expected=f"at least {gigabytes(error.smallest)} for this "
+        "model and batch", fix="lower per_device_train_batch_size or max_length, load the model in 4 bits, choose "
+        'optim="paged_adamw_8bit" or a smaller r, and leave use_gradient_checkpointing at "auto"')
+
+
+def budget_of(asked: str | int | None, device: torch.device) -> int:
+    """Bytes a run may have on a device: as asked, or what is free and what torch holds already."""
+    if asked is not None:
+        return parse_bytes(asked, "memory_budget")
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_allocated(device) + int((free + unused) * (1 - RESERVE))
+    if device.type == "cpu":
+        return memory_in_use("cpu") + int(psutil.virtual_memory().available * (1 - RESERVE))
+    return 2**62  # a device that does not say
+
+
+def asked_checkpointing(model: Any, config: SFTConfig) -> bool | str:
+    """What was chosen, where the trainer's own setting comes before the adapter's."""
+    if config.use_gradient_checkpointing != "auto":
+        return config.use_gradient_checkpointing
+    if config.gradient_checkpointing or unwrap(model).is_gradient_checkpointing:
+        return True
+    return getattr(model, "use_gradient_checkpointing", "auto")
+
+
+def _allowed(asked: bool | str) -> Callable[[Keep], bool] | None:
+    only = {True: ALL, False: KEEP, "offload": OFFLOAD}.get(asked)
+    return None if only is None else lambda keep: keep == only
+
+
+def _length(row: Any) -> int:
+    return len(row.input_ids)
+
+
+def _rates(outline: Outline, batch: Batch, device: torch.device, dtype: torch.dtype, precision: str,
+           head: Tensor | None) -> Rates:
+    measured = batch
+    if device.type == "cpu" and batch.tokens > PROBED_ON_CPU:
+        measured = Batch(PROBED_ON_CPU, min(batch.labelled, PROBED_ON_CPU), min(batch.longest, PROBED_ON_CPU))
+    rates = probe(outline, measured, device, dtype, precision=precision, head=head)
+    return rates.scaled(batch.tokens / measured.tokens)
