@@ -60,11 +60,47 @@ def chat(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="Hub name, folder or GGUF file; only its config is read.")],
+    seq: Annotated[int | None, typer.Option(help="Longest row in tokens. Default: 2048, or the model's limit.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows in a micro-batch.")] = 2,
+    budget: Annotated[str | None, typer.Option(help='Memory, such as "12GB". Default: what is free.')] = None,
+    r: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = 16,
+    load_in_4bit: Annotated[
+        bool | None, typer.Option("--load-in-4bit/--no-load-in-4bit", help="NF4 weights. Default: on a GPU.")
+    ] = None,
+    load_in_8bit: Annotated[bool, typer.Option("--load-in-8bit", help="int8 weights.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train every weight.")] = False,
+    optim: Annotated[str, typer.Option(help="Optimizer.")] = "adamw_8bit",
+    precision: Annotated[str, typer.Option(help="auto, or fp8.")] = "auto",
+    checkpointing: Annotated[str, typer.Option(help="auto, true, false or offload.")] = "auto",
+) -> None:
+    """Predict memory and time of training a model, and what it would keep, without loading its weights."""
+    from gazelle.cli.plan import plan_command
+
+    plan_command(model, seq=seq, batch=batch, budget=budget, r=r, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit,
+                 full=full, optim=optim, precision=precision, checkpointing=checkpointing)
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine: versions, devices, a kernel really run, memory, optional parts."""
     from gazelle.cli.doctor import doctor_command
 
     doctor_command()
+
+
+@app.command()
+def bench(
+    rows: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps of each, after warm-up steps.")] = 7,
+    out: Annotated[Path | None, typer.Option(help="JSON file to write the result to.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Measure a training step on this machine, beside Hugging Face + PEFT."""
+    from gazelle.cli.bench import bench_command
+
+    bench_command(rows, steps, out, as_json=as_json)
 
 
 @app.command()

@@ -95,7 +95,8 @@ class FastLanguageModel:
             lora_alpha: the adapter is scaled by `lora_alpha / r`, or by `lora_alpha / sqrt(r)` with `use_rslora`.
             lora_dropout: dropout on the adapter's input.
             bias: "none", "all" or "lora_only".
-            use_gradient_checkpointing: "auto" ("unsloth" means the same), True or False.
+            use_gradient_checkpointing: "auto" ("unsloth" means the same), True, False, or "offload": layers' inputs
+                wait in host memory.
             random_state: seed of the adapter's initial values.
             use_rslora: rank-stabilised scale.
             loftq_config: as in PEFT; None for the ordinary start at zero.

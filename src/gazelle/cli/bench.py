@@ -1,0 +1,225 @@
+"""`gazelle bench`: a training step on this machine, gazelle beside Hugging Face + PEFT, on the demo's rows.
+
+Both train the same LoRA on the same rows of the same model with an optimizer of their own. Hugging Face + PEFT is the
+plain script: padded batches, the model's own loss over all positions. Steps alternate between the two, so that whatever
+else the machine does falls on both; the figure is the median.
+"""
+
+import copy
+import ctypes
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from gazelle.base.device import default_device
+from gazelle.base.files import check_writable, write_text
+from gazelle.base.log import log_to_terminal
+from gazelle.base.machine import machine_facts
+from gazelle.cli.demo import PACKAGE, demo_model
+from gazelle.data.encode import Example, encode
+from gazelle.data.load import load_conversations
+from gazelle.engine.graph import MOST_SHAPES, WARM_UP
+from gazelle.facade.language_model import FastLanguageModel
+from gazelle.models.packed import packed_attention_on
+from gazelle.models.swap import accelerate
+from gazelle.train.config import SFTConfig
+from gazelle.train.dataset import Collator
+from gazelle.train.loss import batch_loss
+from gazelle.train.step import GraphedStep, refuses_graph
+
+OURS, THEIRS = "gazelle", "hugging face + peft"
+LENGTH = 512
+
+
+class Side:
+    """One of the two: a model with its optimizer, and a loss with its gradients.
+
+    Args:
+        model: with an adapter.
+        loss: from the rows of a batch to their mean loss, whose gradients it adds.
+    """
+
+    def __init__(self, model: Any, loss: Callable[[list[Example]], Tensor]) -> None:
+        self.model, self.loss = model, loss
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter in trained:
+            parameter.grad = torch.zeros_like(parameter)  # a recorded step adds gradients where they lay
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
+
+    def step(self, rows: list[Example]) -> Tensor:
+        """Forward, backward, update. Returns the loss."""
+        loss = self.loss(rows)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        return loss.detach()
+
+
+def bench_command(rows: int, steps: int, out: Path | None, *, as_json: bool) -> None:
+    """Measure, print, and write the result where that is asked for."""
+    log_to_terminal()
+    if out is not None:
+        check_writable(out.parent)
+    result = measure(rows, steps)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_text(out, json.dumps(result, indent=1) + "\n")
+    if as_json:
+        typer.echo(json.dumps(result))
+        return
+    show(result)
+
+
+def measure(rows: int = 8, steps: int = 7) -> dict[str, Any]:
+    """The figures of this machine.
+
+    Args:
+        rows: in a batch.
+        steps: measured of each side, after warm-up steps.
+
+    Returns:
+        JSON-able: the machine, and by side median seconds, tokens/s and the memory a step takes beyond the weights.
+    """
+    model, tokenizer = FastLanguageModel.from_pretrained(str(demo_model()), max_seq_length=LENGTH, load_in_4bit=False)
+    plain = FastLanguageModel.get_peft_model(copy.deepcopy(model)).train()
+    ours = FastLanguageModel.get_peft_model(model).train()
+    batches = make_batches(tokenizer, rows, steps)
+    sides = {OURS: our_side(ours, tokenizer, rows), THEIRS: their_side(plain, tokenizer)}
+    gpu = default_device().startswith("cuda")
+    # Until every shape's step has been recorded. For a CPU, the two steps that memory is measured by are enough.
+    warm_up = len(batches) * (WARM_UP + 1) if gpu else 0
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    losses: dict[str, list[float]] = {name: [] for name in sides}
+    with packed_attention_on(ours):
+        for side in sides.values():
+            side.step(batches[0])  # makes the optimizer's state as well
+        memory = {name: step_memory(side, batches[0]) for name, side in sides.items()}
+        for number in range(warm_up + steps):
+            batch = batches[number % len(batches)]
+            for name, side in sides.items():
+                began = now()
+                loss = side.step(batch)
+                if number >= warm_up:
+                    seconds[name].append(now() - began)
+                losses[name].append(loss.item())
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    used = [batches[number % len(batches)] for number in range(warm_up, warm_up + steps)]
+    tokens = statistics.mean(sum(len(row.input_ids) for row in batch) for batch in used)
+    return {
+        "machine": machine_facts(),
+        "rows_a_batch": rows, "tokens_a_batch": tokens, "steps": steps,
+        "median_seconds": medians, "tokens_per_second": {name: tokens / value for name, value in medians.items()},
+        "step_memory_gb": {name: size and size / 2**30 for name, size in memory.items()},
+        "speedup": medians[THEIRS] / medians[OURS],
+        "largest_loss_difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
+        "all_seconds": seconds,
+    }
+
+
+def make_batches(tokenizer: Any, rows: int, steps: int) -> list[list[Example]]:
+    """Batches of the demo's training rows in an order of their own: one a step, but no more than can be recorded."""
+    loaded = load_conversations(PACKAGE / "demo" / "train.jsonl")
+    examples = encode(loaded.conversations, tokenizer, max_length=LENGTH).examples
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(0)).tolist()
+    count = min(steps, MOST_SHAPES)
+    return [[examples[order[at % len(order)]] for at in range(start * rows, (start + 1) * rows)]
+            for start in range(count)]
+
+
+def our_side(model: Any, tokenizer: Any, rows: int) -> Side:
+    """Packed batches through the engine, recorded as CUDA graphs where the trainer would do so."""
+    accelerate(model)
+    config = SFTConfig(output_dir=None, per_device_train_batch_size=rows, max_length=LENGTH)
+    graphed = refuses_graph(config, model, packed=True, processes=1) is None
+    collate = Collator(True, tokenizer.pad_token_id, round_up=graphed)
+    recorded = GraphedStep(model, 0.0) if graphed else None
+
+    def loss_of(batch: list[Example]) -> Tensor:
+        inputs = moved(collate([{"rows": batch}]), model.device)
+        count = (inputs["labels"] != -100).sum()
+        if recorded is not None:
+            return recorded(inputs, count)
+        total, _ = batch_loss(model, inputs)
+        loss = total / count
+        loss.backward()
+        return loss
+
+    return Side(model, loss_of)
+
+
+def their_side(model: Any, tokenizer: Any) -> Side:
+    """Padded batches through the model as Hugging Face and PEFT made it; on a GPU under autocast, as Trainer does."""
+    collate = Collator(False, tokenizer.pad_token_id)
+    mixed = model.device.type == "cuda"
+
+    def loss_of(batch: list[Example]) -> Tensor:
+        inputs = moved(collate([{"rows": batch}]), model.device)
+        with torch.autocast("cuda", model.dtype) if mixed else nullcontext():
+            loss: Tensor = model(**inputs, use_cache=False).loss
+        loss.backward()
+        return loss
+
+    return Side(model, loss_of)
+
+
+def moved(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch on its device."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+def now() -> float:
+    """Seconds, once the GPU has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def step_memory(side: Side, batch: list[Example]) -> int | None:
+    """Most bytes in use during a step beyond those in use before it; None where the system does not tell."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        side.step(batch)
+        return torch.cuda.max_memory_allocated() - before
+    try:
+        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+            trim(0)  # what is free, but kept for later, would hide what a step takes
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident size so far
+    except (OSError, TypeError):
+        return None
+    before = resident("VmRSS")
+    side.step(batch)
+    return resident("VmHWM") - before
+
+
+def resident(name: str) -> int:
+    """A size in Linux's status of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+
+def show(result: dict[str, Any]) -> None:
+    """The table in the terminal."""
+    console = Console()
+    machine = result["machine"]
+    table = Table(title=f"A training step of SmolLM2-135M, LoRA, {result['rows_a_batch']} rows, "
+                        f"{result['tokens_a_batch']:.0f} tokens")
+    for column in ("", "seconds", "tokens/s", "memory of a step"):
+        table.add_column(column, justify="left" if not column else "right")
+    for name, median in result["median_seconds"].items():
+        memory = result["step_memory_gb"][name]
+        table.add_row(name, f"{median:.3f}", f"{result['tokens_per_second'][name]:,.0f}",
+                      "–" if memory is None else f"{memory:.2f} GB")
+    console.print(table)
+    console.print(f"{result['speedup']:.2f} times as fast on {machine['device']}; largest difference of a loss "
+                  f"{result['largest_loss_difference']:.1e}", highlight=False, soft_wrap=True)

@@ -1,0 +1,67 @@
+"""`gazelle bench`, on a tiny model with the demo's tokenizer; and the README's figures of speed."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from gazelle.__main__ import main
+from gazelle.cli.bench import OURS, THEIRS, measure
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _tiny(tmp_path: Path, demo_tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=len(demo_tokenizer), tie_word_embeddings=True,
+                         bos_token_id=1, eos_token_id=2)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    demo_tokenizer.save_pretrained(tmp_path / "model")
+    monkeypatch.setattr("gazelle.cli.bench.demo_model", lambda: tmp_path / "model")
+
+
+def test_both_train_the_same_model_on_the_same_rows() -> None:
+    result = measure(rows=3, steps=4)
+    assert result["largest_loss_difference"] < 1e-4
+    assert result["speedup"] == result["median_seconds"][THEIRS] / result["median_seconds"][OURS]
+    assert [len(result["all_seconds"][name]) for name in (OURS, THEIRS)] == [4, 4]
+    assert result["tokens_per_second"][OURS] * result["median_seconds"][OURS] == pytest.approx(result["tokens_a_batch"])
+    assert result["machine"]["versions"]["gazelle"]
+    if sys.platform == "linux":
+        assert all(memory > 0 for memory in result["step_memory_gb"].values())
+    json.dumps(result)
+
+
+def test_the_command_prints_a_table_and_writes_the_result(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "bench.json"
+    assert main(["bench", "--rows", "2", "--steps", "1", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert "tokens/s" in printed
+    assert "times as fast" in printed
+    assert json.loads(out.read_text())["rows_a_batch"] == 2
+
+
+def test_json_alone_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--rows", "1", "--steps", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 1
+
+
+def test_a_place_that_cannot_be_written_to_ends_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["bench", "--out", str(tmp_path / "file" / "bench.json")]) == 2
+    assert "runs through a file" in capsys.readouterr().err
+
+
+def test_the_readme_shows_the_result_files() -> None:
+    from benchmarks.readme import speed_block
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"<!-- bench:begin -->\n{speed_block()}\n<!-- bench:end -->" in readme
