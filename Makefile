@@ -35,6 +35,7 @@ type: setup
 
 bench: setup
 	$(BIN)/python benchmarks/cpu_step.py
+	$(BIN)/python benchmarks/readme.py
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

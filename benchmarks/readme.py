@@ -24,14 +24,69 @@ def demo_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", sentence])
 
 
+NAMES = {"hf": "TRL + PEFT", "liger": "Liger", "unsloth": "Unsloth", "unsloth-keep": "Unsloth without checkpointing"}
+
+
+def step_table(result: dict[str, Any], file: str) -> str:
+    """Training steps on a GPU as Markdown, from what benchmarks/step.py writes."""
+    ours = [entry for entry in result["results"] if entry["who"] == "gazelle" and entry["error"] is None]
+    lines = [f"| {result['machine']['device']}, LoRA r=16 on all linears | gazelle | peak memory | others |",
+             "|---|---|---|---|"]
+    for entry in ours:
+        others = "; ".join(
+            f"{NAMES[other['who']]} {other['tokens_per_second']:,.0f} ({other['peak_gb']:.1f} GiB)"
+            for other in result["results"]
+            if other["row"] == entry["row"] and other["who"] != "gazelle" and other["error"] is None)
+        lines.append(f"| {entry['label']} | {entry['tokens_per_second']:,.0f} tokens/s | {entry['peak_gb']:.1f} GiB "
+                     f"| {others} |")
+    versions = versions_of(result["versions"])
+    sentence = f"Random weights, steady training steps ({result['date']}, {versions}; [all figures]({file}))."
+    return "\n".join([*lines, "", sentence])
+
+
+def cpu_sentence(result: dict[str, Any], file: str) -> str:
+    """The demo's training step, from what `gazelle bench` writes."""
+    machine, seconds = result["machine"], result["median_seconds"]
+    text = (f"A step of the demo ({result['rows_a_batch']} rows, {result['tokens_a_batch']:.0f} tokens) takes "
+            f"{seconds['gazelle']:.2f} s, with Hugging Face + PEFT {seconds['hugging face + peft']:.2f} s: "
+            f"{result['speedup']:.1f} times as fast")
+    memory = result.get("step_memory_gb")
+    if memory and None not in memory.values():
+        text += f", and it needs {memory['gazelle']:.1f} GiB for it instead of {memory['hugging face + peft']:.1f}"
+    device = f"{machine['cores']} CPU cores" if machine["device"].startswith("cpu") else machine["device"]
+    return (f"{text} ({device}, {machine['date']}, {versions_of(machine['versions'])}; [all figures]({file})). "
+            "`gazelle bench` measures your machine.")
+
+
+def versions_of(versions: dict[str, str]) -> str:
+    shown = ("gazelle", "torch", "transformers", "peft", "trl", "liger-kernel", "unsloth")
+    return ", ".join(f"{name} {versions[name]}" for name in shown if name in versions)
+
+
+def speed_block(folder: Path = ROOT / "benchmarks/results") -> str:
+    """What the result files that are there say of speed, as Markdown."""
+    parts = [step_table(json.loads(path.read_text(encoding="utf-8")), f"benchmarks/results/{path.name}")
+             for path in sorted(folder.glob("step-*.json"))]
+    cpu = folder / "cpu_step.json"
+    if cpu.exists():
+        parts.append(cpu_sentence(json.loads(cpu.read_text(encoding="utf-8")), f"benchmarks/results/{cpu.name}"))
+    return "\n\n".join(parts)
+
+
+def between(text: str, name: str, content: str) -> str:
+    """`text` with `content` between the markers of that name."""
+    before, rest = text.split(f"<!-- {name}:begin -->")
+    after = rest.split(f"<!-- {name}:end -->")[1]
+    return f"{before}<!-- {name}:begin -->\n{content}\n<!-- {name}:end -->{after}"
+
+
 def main() -> None:
     """Replace what stands between the README's markers."""
     readme = ROOT / "README.md"
     text = readme.read_text(encoding="utf-8")
-    before, rest = text.split("<!-- demo:begin -->")
-    after = rest.split("<!-- demo:end -->")[1]
-    table = demo_table(json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8")))
-    readme.write_text(f"{before}<!-- demo:begin -->\n{table}\n<!-- demo:end -->{after}", encoding="utf-8")
+    demo = json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
+    text = between(between(text, "demo", demo_table(demo)), "bench", speed_block())
+    readme.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

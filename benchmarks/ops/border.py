@@ -1,0 +1,52 @@
+"""LoRA factors written into the border of W̃ = [[W, sB], [A, 0]]: one kernel for all adapters, or copies.
+
+GB/s count what has to be read and written.
+Alone: python -m benchmarks.ops.border
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.ops._timing import DTYPE, ON_GPU, case, random, show
+from torch import Tensor
+
+from gazelle.kernels.border import Filling, fill_borders
+
+# (name, outputs of each part, inputs), and adapter columns: of each part, and of the matrix.
+SHAPES = (("8B qkv", (4096, 1024, 1024), 4096), ("8B gate and up", (14336, 14336), 4096), ("8B down", (4096,), 14336)) \
+    if ON_GPU else (("SmolLM2 qkv", (576, 192, 192), 576), ("SmolLM2 down", (576,), 1536))
+RANK, BORDER = 16, 64
+
+
+def by_slices(matrix: Tensor, parts: list[Filling], inputs: int, border: int) -> None:
+    """`fill_borders` in plain PyTorch."""
+    outputs = matrix.shape[0] - border
+    matrix[outputs:, :inputs] = 0
+    matrix[:outputs, inputs:] = 0
+    for part in parts:
+        first, end = part.columns.start, part.columns.stop
+        matrix[outputs + first : outputs + end, :inputs] = part.a
+        matrix[part.rows, inputs + first : inputs + end] = part.b * part.scale
+
+
+def fillings(parts: tuple[int, ...], inputs: int) -> Iterator[Filling]:
+    row = 0
+    for number, n in enumerate(parts):
+        columns = slice(number * RANK, number * RANK + RANK)
+        yield Filling(random(RANK, inputs).float(), random(n, RANK).float(), 2.0, slice(row, row + n), columns)
+        row += n
+
+
+def cases() -> Iterator[dict[str, Any]]:
+    """{"op", "case", "ms", "gb_s"}."""
+    for name, parts, K in SHAPES:
+        matrix = random(sum(parts) + BORDER, K + BORDER)
+        found = list(fillings(parts, K))
+        size = sum(part.a.nbytes + part.b.nbytes for part in found)
+        size += (BORDER * K + sum(parts) * BORDER) * DTYPE.itemsize
+        for label, one in (("gazelle", fill_borders), ("eager", by_slices)):
+            yield case("border", f"{name}, {label}", size, one, matrix, found, K, BORDER)
+
+
+if __name__ == "__main__":
+    show(cases())
