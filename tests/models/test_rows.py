@@ -21,13 +21,6 @@ def test_a_mask_of_scores_is_handed_on() -> None:
     assert rows_of(2, 4, {"attention_mask": mask}).mask is mask
 
 
-def test_a_mask_of_tokens_becomes_causal() -> None:
-    rows = rows_of(2, 3, {"attention_mask": torch.tensor([[1, 1, 1], [0, 1, 1]])})
-    assert rows.uniform
-    assert rows.mask.expand(2, 1, 3, 3).int().tolist() == [
-        [[[1, 0, 0], [1, 1, 0], [1, 1, 1]]], [[[0, 0, 0], [0, 1, 0], [0, 1, 1]]]]
-
-
 def test_rows_made_by_the_trainer_are_taken_as_they_are() -> None:
     rows = Rows(1, 4, uniform=True)
     assert rows_of(1, 4, {"gazelle_rows": rows, "cu_seq_lens_q": starts(0, 2, 4), "max_length_q": 2}) is rows

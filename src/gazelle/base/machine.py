@@ -8,9 +8,10 @@ from typing import Any
 
 import psutil
 
+from gazelle import __version__
 from gazelle.base.device import default_device, device_name
 
-PACKAGES = ("gazelle", "torch", "transformers", "peft", "bitsandbytes")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 def machine_facts() -> dict[str, Any]:
@@ -23,5 +24,5 @@ def machine_facts() -> dict[str, Any]:
         "memory_gb": round(psutil.virtual_memory().total / 1e9),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": {"gazelle": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
     }

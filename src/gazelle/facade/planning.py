@@ -1,19 +1,24 @@
-"""A memory plan for a model that is not loaded, from its config alone."""
+"""Memory plans for models that are not loaded, from their configs alone."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from gazelle.base.device import default_device, default_dtype
 from gazelle.base.errors import ModelError
 from gazelle.base.log import log_to_terminal
+from gazelle.data.encode import Encoded
+from gazelle.data.load import Loaded
 from gazelle.engine.outline import Batch
 from gazelle.facade.language_model import FastLanguageModel
 from gazelle.models.context import fit_context
 from gazelle.models.load import load_tokenizer
 from gazelle.models.outline import meta_model
 from gazelle.models.swap import accelerate, explain, runs_on_engine
-from gazelle.train.plan import RunPlan, plan_outline
+from gazelle.train.memory import largest_batch
+from gazelle.train.plan import RunPlan, asked_checkpointing, plan_outline
+from gazelle.train.prepare import encode_rows
+from gazelle.train.recipe import Recipe
 
 
 def plan_model(model_name: str, *, tokens_a_row: int | None = None, rows: int = 2, budget: str | int | None = None,
@@ -41,19 +46,66 @@ def plan_model(model_name: str, *, tokens_a_row: int | None = None, rows: int = 
     place = torch.device(device or default_device())
     _, config = load_tokenizer(model_name)
     length = fit_context(config, tokens_a_row)
-    model: Any = meta_model(config, torch.float32 if place.type == "cpu" else default_dtype())
-    accelerate(model)
-    if not runs_on_engine(model):
-        reason = next((part.reason for part in explain(model) if part.reason), "its layers are unknown")
+    model = _without_weights(config, place)
+    if reason := _refusal(model):
         raise ModelError("there is no plan for models that the engine does not run", where=model_name, found=reason,
                          expected="a family of the engine's", fix="train it: the trainer then decides by an estimate")
     if full_finetuning:
         model.requires_grad_(True)
-        stored = "dense"
     else:
         model = FastLanguageModel.get_peft_model(model, r=r, target_modules=target_modules)
-        four = load_in_4bit if load_in_4bit is not None else place.type != "cpu" and not load_in_8bit
-        stored = "int8" if load_in_8bit else "nf4" if four else "dense"
+    stored = _stored(place, four=load_in_4bit, eight=load_in_8bit, full=full_finetuning)
     batch = Batch(rows * length, rows * length, length)
     return plan_outline(model, batch, place, optim=optim, precision=precision, stored=stored, budget=budget,
                         checkpointing=checkpointing)
+
+
+def check_budget(recipe: Recipe, rows: Loaded) -> None:
+    """Find a memory budget that is too small for a recipe and its training rows, before any weights are loaded.
+
+    Does nothing without a budget, and for models that the engine does not run.
+
+    Raises:
+        OptionError: nothing fits into the budget.
+    """
+    settings, asked = recipe.sft_config(), recipe.model
+    if settings.memory_budget is None or not settings.engine:
+        return
+    place = torch.device(asked.device_map or default_device())
+    tokenizer, config = load_tokenizer(asked.name, revision=asked.revision, trust_remote_code=asked.trust_remote_code)
+    model = _without_weights(config, place)
+    if _refusal(model):
+        return
+    full = recipe.lora is None
+    model = model.requires_grad_(True) if full else FastLanguageModel.get_peft_model(model, **recipe.lora_options())
+    if _refusal(model):
+        return
+    settings.max_length = settings.max_length or fit_context(config, asked.max_seq_length)
+    encoded = cast(Encoded, encode_rows(tokenizer, config.model_type, settings, rows, None).train)
+    tokens, labelled = largest_batch(encoded, settings, packed=True)
+    plan_outline(model, Batch(tokens, labelled, min(tokens, settings.max_length)), place,
+                 optim=str(getattr(settings.optim, "value", settings.optim)), precision=settings.precision,
+                 stored=_stored(place, four=asked.load_in_4bit, eight=asked.load_in_8bit, full=full),
+                 budget=settings.memory_budget, checkpointing=asked_checkpointing(model, settings), measured=False)
+
+
+def _without_weights(config: Any, place: torch.device) -> Any:
+    model = meta_model(config, torch.float32 if place.type == "cpu" else default_dtype())
+    accelerate(model)
+    return model
+
+
+def _refusal(model: Any) -> str:
+    """Why the engine does not run a model; empty if it does."""
+    if runs_on_engine(model):
+        return ""
+    return next((part.reason for part in explain(model) if part.reason), "its layers are unknown")
+
+
+def _stored(place: torch.device, *, four: bool | None, eight: bool, full: bool) -> str:
+    """How layers' weights are kept. 4 bits are the default on a GPU: NF4 is there to save its memory."""
+    if full:
+        return "dense"
+    if eight:
+        return "int8"
+    return "nf4" if (place.type != "cpu" if four is None else four) else "dense"

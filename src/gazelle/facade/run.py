@@ -13,6 +13,7 @@ from gazelle.data.load import Loaded, load_conversations
 from gazelle.data.read import Rows, read_rows
 from gazelle.data.report import DataReport
 from gazelle.facade.language_model import FastLanguageModel
+from gazelle.facade.planning import check_budget
 from gazelle.models.context import fit_context
 from gazelle.models.load import load_tokenizer
 from gazelle.train.prepare import encode_rows
@@ -112,6 +113,7 @@ def run(
     """
     check_folder(recipe, resume=resume, overwrite=overwrite)
     rows = check_recipe(recipe)
+    check_budget(recipe, rows.train)
     options = recipe.model.model_dump(exclude={"name"})
     if options["load_in_4bit"] is None and (recipe.model.device_map or default_device()) == "cpu":
         options["load_in_4bit"] = False  # NF4 is there to save GPU memory; a CPU would pay for it with time
@@ -119,7 +121,7 @@ def run(
     if before_training is not None:
         before_training(model, tokenizer)
     if recipe.lora is not None:
-        model = FastLanguageModel.get_peft_model(model, **recipe.lora.model_dump())
+        model = FastLanguageModel.get_peft_model(model, **recipe.lora_options())
     trainer = SFTTrainer(model=model, args=recipe.sft_config(), train_dataset=rows.train,
                          eval_dataset=rows.evaluation, processing_class=tokenizer)
     if overwrite and not resume:

@@ -27,8 +27,6 @@ def rows_of(batch: int, length: int, kwargs: dict[str, Any], by_position: bool =
     if starts is not None:
         return _last_of(starts) or _remember(starts, _packed(starts, kwargs["max_length_q"]))
     mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    if mask is not None and mask.dim() == 2:
-        mask = mask.bool()[:, None, None, :] & torch.ones(length, length, dtype=torch.bool, device=mask.device).tril_()
     if mask is None and by_position and batch == 1 and positions is not None:
         return _last_of(positions) or _remember(positions, _by_position(positions.flatten()))
     return Rows(batch, length, uniform=True, mask=mask)

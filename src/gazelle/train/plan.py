@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.device import memory_in_use, peak_memory
 from gazelle.base.errors import OptionError
-from gazelle.base.log import logger
+from gazelle.base.log import logger, say_once
 from gazelle.base.sizes import gigabytes, parse_bytes
 from gazelle.data.encode import Encoded
 from gazelle.engine.keep import ALL, KEEP, OFFLOAD, Keep
@@ -48,7 +48,7 @@ class RunPlan:
     plan: Plan
     outline: Outline
     batch: Batch
-    rates: Rates
+    rates: Rates | None
     allowed: Callable[[Keep], bool] | None
     host: bool
     streams: bool
@@ -180,6 +180,8 @@ def plan_run(model: Any, rows: Encoded, config: SFTConfig, *, packed: bool) -> R
         OptionError: the budget is too small, or fits no plan of the kind that was asked for.
     """
     if not runs_on_engine(model):
+        if config.memory_budget is not None:
+            say_once("memory_budget has no effect: there is a plan only for models that run on the engine")
         return None
     tokens, labelled = largest_batch(rows, config, packed=packed)
     batch = Batch(tokens, labelled, min(tokens, config.max_length or tokens, max(map(_length, rows.examples))))
@@ -193,8 +195,8 @@ def plan_run(model: Any, rows: Encoded, config: SFTConfig, *, packed: bool) -> R
 
 
 def plan_outline(model: Any, batch: Batch, device: torch.device, *, optim: str, precision: str,
-                 budget: str | int | None, checkpointing: bool | str,
-                 stored: str | None = None) -> RunPlan:
+                 budget: str | int | None, checkpointing: bool | str, stored: str | None = None,
+                 measured: bool = True) -> RunPlan:
     """The plan for an accelerated model on a device, where it need not be yet.
 
     Args:
@@ -205,6 +207,7 @@ def plan_outline(model: Any, batch: Batch, device: torch.device, *, optim: str, 
         budget: as `SFTConfig.memory_budget`.
         checkpointing: as `SFTConfig.use_gradient_checkpointing`.
         stored: how weights are going to be kept, for a model on the meta device.
+        measured: time a layer on the device; else go by floating-point operations.
 
     Raises:
         OptionError: the budget is too small, or fits no plan of the kind that was asked for.
@@ -214,9 +217,7 @@ def plan_outline(model: Any, batch: Batch, device: torch.device, *, optim: str, 
     host = device.type == "cuda"
     streams = host and can_stream(model) and stored != "int8"
     bytes_ = budget_of(budget, device)
-    head = unwrap(model).get_output_embeddings().weight
-    rates = _rates(outline, batch, device, swapped_layers(model)[0].input_layernorm.weight.dtype, precision,
-                   None if head.device.type == "meta" else head)
+    rates = _rates(model, outline, batch, device, precision) if measured else None
     try:
         plan = make_plan(outline, batch, bytes_, rates, host=host, allowed=allowed, streams=streams)
     except TooSmallError as error:
@@ -264,10 +265,12 @@ def _length(row: Any) -> int:
     return len(row.input_ids)
 
 
-def _rates(outline: Outline, batch: Batch, device: torch.device, dtype: torch.dtype, precision: str,
-           head: Tensor | None) -> Rates:
+def _rates(model: Any, outline: Outline, batch: Batch, device: torch.device, precision: str) -> Rates:
     measured = batch
     if device.type == "cpu" and batch.tokens > PROBED_ON_CPU:
         measured = Batch(PROBED_ON_CPU, min(batch.labelled, PROBED_ON_CPU), min(batch.longest, PROBED_ON_CPU))
-    rates = probe(outline, measured, device, dtype, precision=precision, head=head)
+    dtype = swapped_layers(model)[0].input_layernorm.weight.dtype
+    head = unwrap(model).get_output_embeddings().weight
+    rates = probe(outline, measured, device, dtype, precision=precision,
+                  head=None if head.device.type == "meta" else head)
     return rates.scaled(batch.tokens / measured.tokens)

@@ -87,7 +87,6 @@ class Recipe(_Section):
         return SFTConfig(**chosen, output_dir=self.output_dir, data_format=data.format, columns=data.columns,
                          system=data.system, train_on=data.train_on, chat_template=data.chat_template)
 
-
     def lora_options(self) -> dict[str, Any]:
         """Arguments for `get_peft_model`."""
         return self.lora.model_dump() if self.lora is not None else {}
