@@ -2,12 +2,16 @@
 
 import copy
 import random
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from gazelle.quantize.bnb import forbid_repacking
 
 VOCABULARY = 97
 SHARED = {"vocab_size": VOCABULARY, "max_position_embeddings": 128, "attn_implementation": "eager", "pad_token_id": 0,
@@ -65,6 +69,17 @@ def adapt(model: Any, targets: str | list[str] = "all-linear", r: int = 4, alpha
         if "lora_" in name:
             torch.nn.init.normal_(parameter, std=0.2)
     return adapted.train()
+
+
+def quantized(folder: Path, family: str = "llama", layers: int = 2, **options: Any) -> Any:
+    """An adapted model whose linear layers bitsandbytes keeps, as `options` of `BitsAndBytesConfig` say."""
+    make(family, 24, hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+         num_hidden_layers=layers).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**options),
+                                                 device_map={"": "cpu"}, attn_implementation="eager",
+                                                 dtype=torch.float32)
+    forbid_repacking(model)
+    return adapt(model)
 
 
 def rows(seed: int = 0, lengths: tuple[int, ...] = (7, 1, 12, 4)) -> list[Tensor]:

@@ -1,9 +1,11 @@
 """An embedding kept in host memory gives the same rows, and comes back as it was."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tests.models.families import adapt, gradients, make
 
 from gazelle import accelerate
@@ -65,6 +67,22 @@ def test_it_comes_back_after_an_error() -> None:
         raise ZeroDivisionError
     assert type(embedding) is kind
     assert torch.equal(embedding.weight, weight)
+
+
+def test_a_checkpoint_written_meanwhile_holds_it(tmp_path: Path) -> None:
+    """As for a model of which only the norms are trained."""
+    model = accelerate(make("llama", 5, tied=False).requires_grad_(False))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with embedding_on_host(model):
+        during = model.state_dict()
+        model.save_pretrained(tmp_path)
+    assert all(torch.equal(during[name], tensor) for name, tensor in before.items())
+    saved = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(saved["model.embed_tokens.weight"], before["model.embed_tokens.weight"])
+    model.get_input_embeddings().weight.data.add_(1)
+    assert torch.equal(model.state_dict()["model.embed_tokens.weight"], before["model.embed_tokens.weight"] + 1)
 
 
 def test_which_embeddings_stay() -> None:

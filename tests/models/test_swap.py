@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig
-from tests.models.families import FAMILIES, adapt, gradients, make, packed, reference_loss, rows, twin
+from tests.models.families import FAMILIES, adapt, gradients, make, packed, quantized, reference_loss, rows, twin
 from torch import Tensor, nn
 
 import gazelle
@@ -674,20 +674,6 @@ def test_rows_packed_by_others(family: str, how: str, runs: list[int]) -> None:
 
 
 # Quantised weights
-
-
-def quantized(folder: Path, family: str = "llama", **options: Any) -> Any:
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    from gazelle.quantize.bnb import forbid_repacking
-
-    make(family, 24, hidden_size=64, intermediate_size=128, num_attention_heads=2, num_key_value_heads=1,
-         head_dim=32).save_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=BitsAndBytesConfig(**options),
-                                                 device_map={"": "cpu"}, attn_implementation="eager",
-                                                 dtype=torch.float32)
-    forbid_repacking(model)
-    return adapt(model)
 
 
 def plain(model: Any) -> Any:

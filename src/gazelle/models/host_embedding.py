@@ -40,8 +40,12 @@ def embedding_on_host(model: Any) -> Iterator[None]:
 
     weight.data = weight.data.new_zeros(1, 1).expand(table.shape)
     embedding.__class__ = HostEmbedding
+    # A checkpoint that is written meanwhile holds the table.
+    hook = embedding.register_state_dict_post_hook(
+        lambda _, state, prefix, __: state.update({f"{prefix}weight": table}))
     try:
         yield
     finally:
+        hook.remove()
         embedding.__class__ = original
         weight.data = table.to(device)

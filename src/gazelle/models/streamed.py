@@ -35,21 +35,13 @@ def weights_streamed(model: Any, count: int) -> Iterator[None]:
     modules = swapped_layers(model)[:count]
     layers = [engine_layer(module) for module in modules]
     stream = WeightStream([layer.projections for layer in layers])
-    homes = []
-    for number, (module, layer) in enumerate(zip(modules, layers, strict=True)):
-        home = _Home([tensor for linear in linear_modules(module) for tensor in _tensors(base_linear(linear))],
-                     stream.host_tensors(number))
-        home.leave()
-        homes.append(home)
-        layer.stream = stream, number
-        module.gazelle.home = home.visited
-    try:
+    with contextlib.ExitStack() as stack:
+        for number, (module, layer) in enumerate(zip(modules, layers, strict=True)):
+            home = _Home([tensor for linear in linear_modules(module) for tensor in _tensors(base_linear(linear))],
+                         stream.host_tensors(number))
+            layer.stream = stream, number
+            stack.enter_context(home.left(module))
         yield
-    finally:
-        for module, home in zip(modules, homes, strict=True):
-            home.come()
-            module.gazelle.home = None
-            module.gazelle.layer = None  # it reads from the stream's buffers
 
 
 class _Home:
@@ -67,8 +59,31 @@ class _Home:
 
     def come(self) -> None:
         """Put the tensors back on the device."""
-        for tensor, host, shape in zip(self._tensors, self._hosts, self._shapes, strict=True):
-            tensor.data = host.to(self._device).view(tensor.dtype).view(shape)
+        self._fill([host.to(self._device) for host in self._hosts])
+
+    def show(self) -> None:
+        """Let the tensors be those in host memory."""
+        self._fill(self._hosts)
+
+    def _fill(self, sources: list[Tensor]) -> None:
+        for tensor, source, shape in zip(self._tensors, sources, self._shapes, strict=True):
+            tensor.data = source.view(tensor.dtype).view(shape)
+
+    @contextlib.contextmanager
+    def left(self, module: Any) -> Iterator[None]:
+        """While it lasts, the layer's weights are in host memory; a checkpoint takes them from there."""
+        self.leave()
+        module.gazelle.home = self.visited
+        hooks = (module.register_state_dict_pre_hook(lambda *_: self.show()),
+                 module.register_state_dict_post_hook(lambda *_: self.leave()))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.come()
+            module.gazelle.home = None
+            module.gazelle.layer = None  # it reads from the stream's buffers
 
     @contextlib.contextmanager
     def visited(self) -> Iterator[None]:

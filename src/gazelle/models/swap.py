@@ -5,10 +5,11 @@ by a subclass made here whose forward pass is the engine's. Passes with a cache,
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from gazelle.base.log import logger, say_once
 from gazelle.engine.fp8 import check_fp8, make_projection
 from gazelle.engine.keep import ALL, KEEP, Keep
 from gazelle.engine.layer import Layer, Norms, Shared
+from gazelle.engine.linear import Projection
 from gazelle.engine.norm import final_norm
 from gazelle.engine.passes import run_layer
 from gazelle.engine.scratch import Scratch
@@ -86,7 +88,8 @@ class _FusedLayer(nn.Module):
             layer = engine_layer(self)
         except UnsupportedError as error:
             say_once(f"a layer runs as Hugging Face wrote it: {error}")
-            return super().forward(hidden_states, *args, **kwargs)
+            with (self.gazelle.home or contextlib.nullcontext)():
+                return super().forward(hidden_states, *args, **kwargs)
         keep = self.gazelle.keep
         layer.keep = ALL if self.gradient_checkpointing and (keep.attention or keep.mlp) else keep
         batch, length, width = hidden_states.shape
@@ -150,12 +153,11 @@ def _not_here(hidden_states: Tensor, args: tuple[Any, ...], kwargs: dict[str, An
 def engine_layer(module: Any) -> Layer:
     """The engine's layer for a module, read anew if its modules are not what they were."""
     swapped: Swapped = module.gazelle
-    if swapped.home is not None and swapped.layer is not None:
-        return swapped.layer
     parts = _parts(module)
     state = _state(module, parts)
     if swapped.layer is None or state != swapped.state:
-        swapped.layer = _read(module, parts, swapped)
+        away = swapped.home is not None and swapped.layer is not None
+        swapped.layer = _adapted_anew(module, parts, swapped.layer) if away else _read(module, parts, swapped)
         swapped.state = _state(module, parts)  # reading lays weights side by side, which moves them
     return swapped.layer
 
@@ -204,6 +206,24 @@ def _read(module: Any, parts: list[list[Any]], swapped: Swapped) -> Layer:
     qkv, o, gate_up, down = (make_projection(group, engine.scratch, slot, dtype, engine.precision)
                              for slot, group in enumerate(linears))
     return Layer(spec, Norms(**norms), qkv, o, gate_up, down, engine.shared, swapped.keep)
+
+
+def _adapted_anew(module: Any, parts: list[list[Any]], layer: Any) -> Layer:
+    """A layer whose weights are not here, with its adapters as they are now."""
+    _refuse_hooks(module)
+    projections: list[Projection] = []
+    for projection, group in zip(layer.projections, parts, strict=True):
+        adapters = [read_linear(part).adapter for part in group]
+        ranks = [0 if adapter is None else adapter.a.shape[0] for adapter in adapters]
+        if ranks != [columns.stop - columns.start for _, columns in projection.spans]:
+            raise UnsupportedError("adapters were switched off or exchanged while its weights stream from host memory")
+        copied = copy.copy(projection)
+        copied.parts = tuple(replace(part, adapter=adapter)
+                             for part, adapter in zip(projection.parts, adapters, strict=True))
+        copied.has_dropout = any(adapter is not None and adapter.dropout > 0 for adapter in adapters)
+        projections.append(copied)
+    qkv, o, gate_up, down = projections
+    return replace(layer, qkv=qkv, o=o, gate_up=gate_up, down=down)
 
 
 def accelerate(model: Any, precision: str = "auto") -> Any:
