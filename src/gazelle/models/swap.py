@@ -55,8 +55,9 @@ class Engine:
 class Swapped:
     """What a swapped layer carries: how to read its modules, and the engine's layer once it has been read."""
 
-    def __init__(self, number: int, engine: Engine, keep: Keep = KEEP) -> None:
-        self.number, self.engine, self.keep = number, engine, keep
+    def __init__(self, number: int, engine: Engine, keep: Keep | None = None) -> None:
+        self.number, self.engine = number, engine
+        self.keep = keep  # what a plan says; without one, gradient checkpointing decides
         self.state: Any = None
         self.layer: Layer | None = None
         # Its weights lie in host memory; they are on the device while this lasts (models.streamed).
@@ -90,8 +91,7 @@ class _FusedLayer(nn.Module):
             say_once(f"a layer runs as Hugging Face wrote it: {error}")
             with (self.gazelle.home or contextlib.nullcontext)():
                 return super().forward(hidden_states, *args, **kwargs)
-        keep = self.gazelle.keep
-        layer.keep = ALL if self.gradient_checkpointing and (keep.attention or keep.mlp) else keep
+        layer.keep = self.gazelle.keep or (ALL if self.gradient_checkpointing else KEEP)
         batch, length, width = hidden_states.shape
         rows = rows_of(batch, length, kwargs, by_position="flash" in (self.gazelle_config._attn_implementation or ""))
         cos = sin = None
@@ -205,7 +205,7 @@ def _read(module: Any, parts: list[list[Any]], swapped: Swapped) -> Layer:
     engine = swapped.engine
     qkv, o, gate_up, down = (make_projection(group, engine.scratch, slot, dtype, engine.precision)
                              for slot, group in enumerate(linears))
-    return Layer(spec, Norms(**norms), qkv, o, gate_up, down, engine.shared, swapped.keep)
+    return Layer(spec, Norms(**norms), qkv, o, gate_up, down, engine.shared)
 
 
 def _adapted_anew(module: Any, parts: list[list[Any]], layer: Any) -> Layer:

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.device import memory_in_use, peak_memory
-from gazelle.base.errors import OptionError
+from gazelle.base.errors import OptionError, TrainingError
 from gazelle.base.log import logger, say_once
 from gazelle.base.sizes import gigabytes, parse_bytes
 from gazelle.data.encode import Encoded
@@ -31,6 +31,8 @@ from gazelle.train.stopwatch import Stopwatch
 RESERVE = 0.05  # of free memory: what the allocator cannot hand out in one piece, and libraries' own workspaces
 STEP_DOWN = 0.85  # of the predicted peak, after memory ran out
 PROBED_ON_CPU = 512  # tokens; a layer's time grows with them, and a CPU takes long
+SMALLER = ("lower per_device_train_batch_size or max_length, load the model in 4 bits, choose "
+           'optim="paged_adamw_8bit" or a smaller r, and leave use_gradient_checkpointing at "auto"')
 
 
 @dataclass
@@ -69,7 +71,11 @@ class RunPlan:
 
     @contextlib.contextmanager
     def in_force(self, model: Any, stopwatch: Stopwatch) -> Iterator[None]:
-        """While it lasts, layers keep what the plan says, and weights lie where it says; peak and time are measured."""
+        """While it lasts, layers keep what the plan says, and weights lie where it says; peak and time are measured.
+
+        Raises:
+            TrainingError: memory ran out, and there is no plan for less.
+        """
         device = str(stopwatch.device)
         self._enter(model)
         try:
@@ -80,16 +86,21 @@ class RunPlan:
                 self.measured_peak = peak_memory(device)
             if stopwatch.seconds_a_token is not None:
                 self.measured_seconds = stopwatch.seconds_a_token * self.batch.tokens
+        except torch.OutOfMemoryError as error:
+            raise TrainingError("memory ran out, and there is no plan for less", where=device, found=str(error),
+                                expected=f"room for the predicted peak of {gigabytes(self.plan.peak)}", fix=SMALLER
+                                ) from error
         finally:
             self._leave()
 
     def step_down(self, model: Any) -> bool:
         """Go on with a plan for less memory, after there was not enough; False if there is none."""
         try:
-            lower = make_plan(self.outline, self.batch, int(self.plan.peak * STEP_DOWN), self.rates, host=self.host,
-                              allowed=self.allowed, streams=self.streams)
-        except TooSmallError:
-            return False
+            lower = self._planned(int(self.plan.peak * STEP_DOWN))
+        except TooSmallError as error:
+            if error.smallest >= self.plan.peak:
+                return False
+            lower = self._planned(error.smallest)
         self.notes.append(f"memory ran out with a predicted peak of {gigabytes(self.plan.peak)}: planned again for "
                           f"{gigabytes(lower.peak)} ({lower.describe()})")
         logger.warning("Out of memory: %s.", self.notes[-1])
@@ -111,6 +122,10 @@ class RunPlan:
             found.append(("time of a micro-batch", time))
         return found + [("note", note) for note in self.notes]
 
+    def _planned(self, budget: int) -> Plan:
+        return make_plan(self.outline, self.batch, budget, self.rates, host=self.host, allowed=self.allowed,
+                         streams=self.streams)
+
     def _enter(self, model: Any) -> None:
         layers = swapped_layers(model)
         with contextlib.ExitStack() as stack:
@@ -120,7 +135,7 @@ class RunPlan:
                 stack.enter_context(weights_streamed(model, self.plan.streamed))
             for module, keep in zip(layers, self.plan.keeps, strict=True):
                 module.gazelle.keep = keep
-                stack.callback(setattr, module.gazelle, "keep", KEEP)
+                stack.callback(setattr, module.gazelle, "keep", None)
             self._stack = stack.pop_all()
 
     def _leave(self) -> None:
@@ -213,8 +228,8 @@ def plan_outline(model: Any, batch: Batch, device: torch.device, *, optim: str, 
         OptionError: the budget is too small, or fits no plan of the kind that was asked for.
     """
     outline = outline_of(model, optim, stored, precision)
-    allowed = _allowed(checkpointing)
     host = device.type == "cuda"
+    allowed = _allowed(checkpointing, host=host)
     streams = host and can_stream(model) and stored != "int8"
     bytes_ = budget_of(budget, device)
     rates = _rates(model, outline, batch, device, precision) if measured else None
@@ -227,11 +242,11 @@ def plan_outline(model: Any, batch: Batch, device: torch.device, *, optim: str, 
 
 def too_small(error: TooSmallError, budget: int, chosen: bool) -> OptionError:
     """What a user is told when nothing fits."""
+    enough = -(-error.smallest // 10**8) * 10**8  # rounded up: as it is shown, it is to be enough
     return OptionError(
         "no plan fits into the memory budget" if chosen else "the model does not fit into the memory that is free",
-        where="memory_budget", found=gigabytes(budget), expected=f"at least {gigabytes(error.smallest)} for this "
-        "model and batch", fix="lower per_device_train_batch_size or max_length, load the model in 4 bits, choose "
-        'optim="paged_adamw_8bit" or a smaller r, and leave use_gradient_checkpointing at "auto"')
+        where="memory_budget", found=gigabytes(budget), expected=f"at least {gigabytes(enough)} for this model and "
+        "batch", fix=SMALLER)
 
 
 def budget_of(asked: str | int | None, device: torch.device) -> int:
@@ -256,8 +271,9 @@ def asked_checkpointing(model: Any, config: SFTConfig) -> bool | str:
     return getattr(model, "use_gradient_checkpointing", "auto")
 
 
-def _allowed(asked: bool | str) -> Callable[[Keep], bool] | None:
-    only = {True: ALL, False: KEEP, "offload": OFFLOAD}.get(asked)
+def _allowed(asked: bool | str, *, host: bool) -> Callable[[Keep], bool] | None:
+    """What a user's choice leaves. Without host memory apart, inputs that are to wait there stay where they are."""
+    only = {True: ALL, False: KEEP, "offload": OFFLOAD if host else ALL}.get(asked)
     return None if only is None else lambda keep: keep == only
 
 
