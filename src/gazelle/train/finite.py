@@ -62,5 +62,5 @@ def not_finite(grads: list[Tensor]) -> list[int]:
     """Numbers of the gradients that hold an infinity or no number. Waits for the device."""
     if not grads:
         return []
-    norms = torch.stack([norm.float() for norm in torch._foreach_norm(grads)])
-    return (~norms.isfinite()).nonzero().flatten().tolist()
+    largest = torch.stack(torch._foreach_norm(grads, float("inf")))  # a sum of squares could overflow
+    return (~largest.isfinite()).nonzero().flatten().tolist()

@@ -343,6 +343,8 @@ class SFTTrainer(Trainer):
         return clip_(self._held.flats, self.args.max_grad_norm)
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
+        if grad_norm is None and self._finite is not None:
+            self._finite.look(model)
         if grad_norm is None and self._held.flats and self.accelerator.scaler is None:
             return clip_(self._held.flats, float("inf"))
         return super()._get_grad_norm(model, grad_norm)
