@@ -9,12 +9,15 @@ from gazelle.base.errors import ModelError
 from gazelle.base.log import log_to_terminal
 from gazelle.data.encode import Encoded
 from gazelle.data.load import Loaded
+from gazelle.engine.fp8 import check_fp8
 from gazelle.engine.outline import Batch
 from gazelle.facade.language_model import FastLanguageModel
+from gazelle.models import options
 from gazelle.models.context import fit_context
-from gazelle.models.load import load_tokenizer
+from gazelle.models.load import load_config, load_tokenizer
 from gazelle.models.outline import meta_model
 from gazelle.models.swap import accelerate, explain, runs_on_engine
+from gazelle.train.config import SFTConfig
 from gazelle.train.memory import largest_batch
 from gazelle.train.plan import RunPlan, asked_checkpointing, plan_outline
 from gazelle.train.prepare import encode_rows
@@ -39,12 +42,17 @@ def plan_model(model_name: str, *, tokens_a_row: int | None = None, rows: int = 
         device: where it would train. Default: the best there is.
 
     Raises:
-        OptionError: nothing fits into the budget.
+        OptionError: nothing fits into the budget, or an option that training would refuse.
         ModelError: the engine does not know the model's family.
     """
     log_to_terminal()
     place = torch.device(device or default_device())
-    _, config = load_tokenizer(model_name)
+    settings = SFTConfig(per_device_train_batch_size=rows, memory_budget=budget, optim=optim, precision=precision,
+                         use_gradient_checkpointing=checkpointing)
+    options.bits(load_in_4bit, load_in_8bit, full_finetuning, "nf4")
+    if precision == "fp8":
+        check_fp8(place)
+    config = load_config(model_name)
     length = fit_context(config, tokens_a_row)
     model = _without_weights(config, place)
     if reason := _refusal(model):
@@ -56,8 +64,8 @@ def plan_model(model_name: str, *, tokens_a_row: int | None = None, rows: int = 
         model = FastLanguageModel.get_peft_model(model, r=r, target_modules=target_modules)
     stored = _stored(place, four=load_in_4bit, eight=load_in_8bit, full=full_finetuning)
     batch = Batch(rows * length, rows * length, length)
-    return plan_outline(model, batch, place, optim=optim, precision=precision, stored=stored, budget=budget,
-                        checkpointing=checkpointing)
+    return plan_outline(model, batch, place, optim=_optimizer(settings), precision=precision, stored=stored,
+                        budget=budget, checkpointing=checkpointing)
 
 
 def check_budget(recipe: Recipe, rows: Loaded) -> None:
@@ -84,9 +92,13 @@ def check_budget(recipe: Recipe, rows: Loaded) -> None:
     encoded = cast(Encoded, encode_rows(tokenizer, config.model_type, settings, rows, None).train)
     tokens, labelled = largest_batch(encoded, settings, packed=True)
     plan_outline(model, Batch(tokens, labelled, min(tokens, settings.max_length)), place,
-                 optim=str(getattr(settings.optim, "value", settings.optim)), precision=settings.precision,
+                 optim=_optimizer(settings), precision=settings.precision,
                  stored=_stored(place, four=asked.load_in_4bit, eight=asked.load_in_8bit, full=full),
                  budget=settings.memory_budget, checkpointing=asked_checkpointing(model, settings), measured=False)
+
+
+def _optimizer(settings: SFTConfig) -> str:
+    return str(getattr(settings.optim, "value", settings.optim))
 
 
 def _without_weights(config: Any, place: torch.device) -> Any:

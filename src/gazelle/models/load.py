@@ -109,10 +109,26 @@ def load_tokenizer(model_name: str, *, token: str | None = None, revision: str |
     Raises:
         ModelError: the checkpoint is missing or damaged.
     """
+    checkpoint, base = _without_weights(model_name, token, revision, trust_remote_code)
+    return _tokenizer(checkpoint, base, trust_remote_code), _config(base, trust_remote_code)
+
+
+def load_config(model_name: str, *, token: str | None = None, revision: str | None = None,
+                trust_remote_code: bool = False) -> "PretrainedConfig":
+    """The config of a model, as `load_model` takes it. Nothing but the config need be there.
+
+    Raises:
+        ModelError: it is missing or damaged.
+    """
+    return _config(_without_weights(model_name, token, revision, trust_remote_code)[1], trust_remote_code)
+
+
+def _without_weights(model_name: str, token: str | None, revision: str | None,
+                     trust_remote_code: bool) -> tuple[Checkpoint, Checkpoint]:
+    """A checkpoint and its base, which is another one for an adapter."""
     hub: dict[str, Any] = {"token": token, "trust_remote_code": trust_remote_code, "weights": False}
     checkpoint = find_checkpoint(model_name, revision=revision, **hub)
-    base = checkpoint if checkpoint.adapter is None else _base_of(checkpoint, hub)
-    return _tokenizer(checkpoint, base, trust_remote_code), _config(base, trust_remote_code)
+    return checkpoint, checkpoint if checkpoint.adapter is None else _base_of(checkpoint, hub)
 
 
 def _base_of(checkpoint: Checkpoint, hub: dict[str, Any]) -> Checkpoint:
