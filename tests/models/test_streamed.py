@@ -1,5 +1,6 @@
 """Layers whose weights stream compute what they computed before, to the bit; afterwards everything is at home again."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ from tests.models.families import adapt, gradients, make, packed, quantized, row
 from torch import Tensor, nn
 
 from gazelle import accelerate
-from gazelle.engine.keep import CHOICES, Keep
+from gazelle.engine.keep import CHOICES, KEEP, Keep
+from gazelle.engine.outline import Batch
+from gazelle.engine.plan import _Draft
 from gazelle.models.linears import base_linear
+from gazelle.models.outline import outline_of
 from gazelle.models.packed import packed_attention_on
 from gazelle.models.streamed import can_stream, weights_streamed
 from gazelle.models.swap import linear_modules, swapped_layers
@@ -228,6 +232,19 @@ def test_if_it_cannot_begin_nothing_has_changed(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.undo()
     assert_at_home(model, wanted, parameters)
     assert_equal(train(model), train(other))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plan_counts_the_matrices_that_streamed_weights_are_written_to(kind: str, tmp_path: Path) -> None:
+    model = accelerate(model_of(kind, tmp_path))
+    outline = outline_of(model)
+    for streamed in (0, 2):
+        draft = _Draft(outline, Batch(8, 8, 8), None, [KEEP], embedding_on_host=False, streamed=streamed)
+        with weights_streamed(model, streamed) if streamed else contextlib.nullcontext():
+            train(model, 1)
+        assert draft.static["dequantised weights"] == swapped_layers(model)[0].gazelle.engine.scratch.nbytes
+        if not streamed:
+            assert (draft.static["dequantised weights"] > 0) == kind.startswith("nf4")
 
 
 def test_one_number_after_another() -> None:

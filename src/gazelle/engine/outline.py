@@ -28,6 +28,14 @@ class LayerOutline:
     gradients: int
     storage: str
 
+    def matrices(self, itemsize: int) -> tuple[int, int, int, int]:
+        """Each projection's matrix W̃ in the type of computation."""
+        spec = self.spec
+        shapes = ((spec.qkv_size, spec.hidden), (spec.hidden, spec.q_size), (2 * spec.intermediate, spec.hidden),
+                  (spec.hidden, spec.intermediate))
+        qkv, o, gate_up, down = ((N + R) * (K + R) * itemsize for (N, K), R in zip(shapes, self.borders, strict=True))
+        return qkv, o, gate_up, down
+
 
 @dataclass(frozen=True)
 class Outline:

@@ -231,12 +231,18 @@ class _Draft:
         return {
             "weights of the layers": resident,
             "embedding and head": (0 if self.embedding_on_host else outline.embedding) + outline.head,
-            "dequantised weights": sum(max(sizes) for sizes in zip(*(layer.scratch for layer in outline.layers),
-                                                                  strict=True)),
+            "dequantised weights": sum(max(sizes) for sizes in zip(*self._scratch(), strict=True)),
             "trained parameters and gradients": outline.trained,
             "optimizer": outline.optimizer,
             "norms, positions and the rest": outline.others + rotary,
         }
+
+    def _scratch(self) -> list[tuple[int, ...]]:
+        """Of each layer, what its projections need in scratch memory: also those that stream, and have no W̃ to keep."""
+        layers, itemsize = self.outline.layers, self.outline.itemsize
+        streamed = [tuple(size or whole for size, whole in zip(layer.scratch, layer.matrices(itemsize), strict=True))
+                    for layer in layers[: self.streamed]]
+        return [*streamed, *(layer.scratch for layer in layers[self.streamed :])]
 
 
 def by_operations(outline: Outline, batch: Batch) -> Rates:
