@@ -38,7 +38,7 @@ def step_table(result: dict[str, Any], file: str) -> str:
             for other in result["results"]
             if other["row"] == entry["row"] and other["who"] != "gazelle" and other["error"] is None)
         lines.append(f"| {entry['label']} | {entry['tokens_per_second']:,.0f} tokens/s | {entry['peak_gb']:.1f} GiB "
-                     f"| {others} |")
+                     f"| {others or 'not measured'} |")
     versions = versions_of(result["versions"])
     sentence = f"Random weights, steady training steps ({result['date']}, {versions}; [all figures]({file}))."
     return "\n".join([*lines, "", sentence])

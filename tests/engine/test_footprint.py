@@ -138,16 +138,18 @@ def test_figures_of_a_layer() -> None:
     spec = DecoderSpec(hidden=8, intermediate=16, heads=1, kv_heads=1, head_dim=4, eps=1e-6, attention_scale=0.5)
     layer = LayerOutline(spec, (2, 2, 2, 2), 0, (0, 0, 0, 0), 1000, "nf4")
     x, qkv, out, z, sums, gate_up = 160, 240, 80, 40, 40, 640 + 40
-    attended, expanded = qkv + z + out + z + sums, gate_up + z
+    rstd = 40
+    attended, expanded = qkv + z + out + z + sums + rstd, gate_up + z
     kept = [footprint(layer, keep, 10, 2).kept for keep in (KEEP, Keep(mlp=False), ALL, OFFLOAD)]
-    assert kept == [2 * x + attended + expanded + z, 2 * x + attended + z, x + z, z]
-    # Backward: the stream's gradient, those of what is trained, h and dh, the norm's output. Attention's are less.
-    stream, entry, inner = 160 + 40, 160 + 40, 320
-    assert footprint(layer, KEEP, 10, 2).backward == stream + 1000 + 2 * inner + entry
-    assert footprint(layer, Keep(mlp=False), 10, 2).backward == stream + 1000 + 2 * inner + entry + expanded
-    assert footprint(layer, ALL, 10, 2).backward == stream + 1000 + 2 * inner + entry + expanded + attended + x
+    assert kept == [2 * x + attended + expanded + rstd + z, 2 * x + attended + z, x + z, z]
+    # Backward: the stream's gradient, those of what is trained, and of the attention the output's, those of q, k and v
+    # twice and the norm's, or of the MLP h and dh, which are more only where gate and up are made again.
+    stream, inner, attention = 160 + 40, 320, 80 + 2 * (240 + 40) + 160
+    assert footprint(layer, KEEP, 10, 2).backward == stream + 1000 + attention
+    assert footprint(layer, Keep(mlp=False), 10, 2).backward == stream + 1000 + 2 * inner + expanded
+    assert footprint(layer, ALL, 10, 2).backward == stream + 1000 + 2 * inner + expanded + attended + x
     chunked = footprint(layer, replace(ALL, chunk=8), 10, 2)
-    assert chunked.backward == stream + 1000 + (2 * inner + entry + expanded) * 8 // 10 + attended + x
+    assert chunked.backward == stream + 1000 + (2 * inner + expanded) * 8 // 10 + attended + x
 
 
 GPU_CHOICES = {**CHOICES, "attention": Keep(attention=False), "chunked": replace(ALL, chunk=2048),
@@ -159,7 +161,11 @@ GPU_CHOICES = {**CHOICES, "attention": Keep(attention=False), "chunked": replace
 @pytest.mark.parametrize("name", GPU_CHOICES)
 @pytest.mark.parametrize("family", ["llama3", "qwen3", "gemma2"])
 def test_the_peak_of_a_step(family: str, name: str) -> None:
-    """Forward and backward of six layers and the head, above what lies there anyway, within 5 %."""
+    """Forward and backward of six layers and the head, above what lies there anyway, within 5 %.
+
+    How many copies to the host are under way at the peak depends on how long layers take. All that there can be are
+    counted: with these small layers, less is used.
+    """
     keep, lengths = GPU_CHOICES[name], (1024,) * 8
     model = adapt(make(family, 0, hidden_size=1024, intermediate_size=4096, num_hidden_layers=6,
                        num_attention_heads=8, num_key_value_heads=2, head_dim=128, max_position_embeddings=2048),
@@ -187,4 +193,4 @@ def test_the_peak_of_a_step(family: str, name: str) -> None:
     draft = _Draft(outline, size, None, [keep], embedding_on_host=False)
     positions = 4 * size.tokens * outline.layers[0].spec.head_dim * outline.itemsize
     predicted = draft.activations([keep] * len(outline.layers)) + positions
-    assert peaks[-1] == pytest.approx(predicted, rel=0.05)
+    assert (0.75 if keep.host else 0.95) * predicted <= peaks[-1] <= 1.05 * predicted

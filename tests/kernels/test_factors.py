@@ -1,43 +1,56 @@
-"""Gradients of several adapters, cut out of two matrices and added where they are gathered, against slices."""
+"""Gradients of several adapters, added where they are gathered, against products in float64."""
 
 import pytest
 import torch
 
 from gazelle.kernels import factors, factors_triton
-from gazelle.kernels.factors import Factors
+from gazelle.kernels.factors import Factors, Normed
+from gazelle.kernels.norm import rms_norm
 
 CUDA = torch.cuda.is_available()
 WAYS = [pytest.param(factors, "cpu", id="reference"),
         pytest.param(factors_triton, "cpu", id="interpreted", marks=pytest.mark.skipif(CUDA, reason="compiled")),
         pytest.param(factors, "cuda", id="native", marks=[
             pytest.mark.gpu, pytest.mark.skipif(not CUDA, reason="needs a GPU")])]
-# (outputs, rank) of each part, None for one without an adapter; inputs; columns of the border
-CASES = [([(13, 3)], 20, 3), ([(13, 3)], 20, 64), ([(8, 4), (5, 2), (3, 1)], 24, 8), ([(6, None), (9, 2)], 33, 5),
-         ([(300, 8), (70, 8), (9, 2)], 1030, 24)]
+# (outputs, rank) of each part, None for one without an adapter; inputs; columns of the border; tokens
+CASES = [
+    ([(13, 3)], 20, 3, 7), ([(13, 3)], 20, 64, 64), ([(8, 4), (5, 2), (3, 1)], 24, 8, 100),
+    ([(6, None), (9, 2)], 33, 5, 65), ([(150, 8), (70, 8), (9, 2)], 130, 24, 600), ([(20, 70), (5, 3)], 12, 80, 30)]
+
+
+def random(generator, device, *shape, dtype=torch.float32, room=0):
+    """A view whose rows lie apart by `room`."""
+    return torch.randn(*shape[:-1], shape[-1] + room, generator=generator).to(device, dtype)[..., : shape[-1]]
 
 
 @pytest.mark.parametrize(("op", "device"), WAYS)
-@pytest.mark.parametrize(("parts", "inputs", "border"), CASES)
-def test_each_part_gets_its_own(op, device, parts, inputs, border):
+@pytest.mark.parametrize(("parts", "inputs", "border", "tokens"), CASES)
+@pytest.mark.parametrize("normed", [False, True], ids=["plain", "normed"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_each_part_gets_its_own(op, device, parts, inputs, border, tokens, normed, dtype):
+    if op is factors_triton and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter multiplies no bfloat16")
     generator = torch.Generator().manual_seed(0)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator).to(device)
-
     outputs = sum(n for n, _ in parts)
-    dA, dB = random(border, inputs), random(outputs, border)
+    dy, z, dz = (random(generator, device, tokens, size, dtype=dtype, room=3) for size in (outputs, border, border))
+    x = inner = random(generator, device, tokens, inputs, dtype=dtype, room=2)
+    if normed:
+        weight = random(generator, device, inputs, dtype=dtype)
+        inner, rstd = rms_norm(x, weight, 1e-5, 1.0)
+        x = Normed(x, weight, 1e-5, 1.0, rstd)
     targets, expected = [], []
     row = column = 0
     for number, (n, r) in enumerate(parts):
         if r is not None:
             rows, columns = slice(row, row + n), slice(column, column + r)
-            part = Factors(random(r, inputs), random(n, r), 0.5 + number, rows, columns)
-            expected.append((part.a.double() + dA[part.columns].double(),
-                             part.b.double() + part.scale * dB[part.rows, part.columns].double()))
+            a, b = random(generator, device, r, inputs), random(generator, device, n, r)
+            part = Factors(a, b, 0.5 + number, rows, columns)
+            expected.append((part.a.double() + dz[:, columns].double().t() @ inner.double(),
+                             part.b.double() + part.scale * dy[:, rows].double().t() @ z[:, columns].double()))
             targets.append(part)
             column += r
         row += n
-    op.add_factor_gradients(dA, dB, targets)
+    op.add_factor_gradients(dy, x, z, dz, targets)
     for part, (a, b) in zip(targets, expected, strict=True):
-        torch.testing.assert_close(part.a.double(), a, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(part.b.double(), b, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(part.a.double(), a, rtol=1e-5, atol=1e-6 * tokens)
+        torch.testing.assert_close(part.b.double(), b, rtol=1e-5, atol=1e-6 * tokens)

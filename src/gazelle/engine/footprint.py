@@ -36,12 +36,13 @@ def footprint(layer: LayerOutline, keep: Keep, T: int, itemsize: int) -> Footpri
     rows = T if keep.mlp or keep.chunk is None else min(T, keep.chunk)
 
     stream = T * H * itemsize
-    attended = T * itemsize * (spec.qkv_size + Q + R_qkv + R_o) + T * 4 * spec.heads  # the last: sums of exponentials
+    # Besides numbers of the type of computation: sums of exponentials, and factors of norms.
+    attended = T * itemsize * (spec.qkv_size + Q + R_qkv + R_o) + T * 4 * (spec.heads + 1)
     if spec.qk_norm:
         attended += T * itemsize * QK + T * 4 * (spec.heads + spec.kv_heads)
     if spec.post_norms:
         attended += stream
-    expanded = T * itemsize * (2 * F + 2 * R_gate_up) + (stream if spec.post_norms else 0)
+    expanded = T * itemsize * (2 * F + 2 * R_gate_up) + T * 4 + (stream if spec.post_norms else 0)
     kept = T * itemsize * R_down + (attended if keep.attention else 0) + (expanded if keep.mlp else 0)
     if not keep.host:  # the input, and the stream between the halves
         kept += 2 * stream if keep.attention or keep.mlp else stream
@@ -62,7 +63,7 @@ def footprint(layer: LayerOutline, keep: Keep, T: int, itemsize: int) -> Footpri
         fixed += attended
     if not (keep.attention or keep.mlp):
         fixed += stream
-    mlp = 2 * inner + entry + branch + (0 if keep.mlp else gate_up + (branch if spec.post_norms else 0))
+    mlp = max(2 * inner, entry) + branch + (0 if keep.mlp else gate_up + (branch if spec.post_norms else 0))
     # dout, then dq, dk, dv with what they become before the projection, or dn
     attention = T * itemsize * (Q + 2 * (spec.qkv_size + R_qkv) + H)
     return Footprint(kept, forward, fixed + max(mlp, attention))

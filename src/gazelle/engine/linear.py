@@ -17,11 +17,12 @@ from torch import Tensor
 from gazelle.engine.dropout import dropped
 from gazelle.engine.scratch import Scratch
 from gazelle.kernels.border import Filling, clear_border, fill_borders
-from gazelle.kernels.factors import MOST_PARTS, Factors, add_factor_gradients
+from gazelle.kernels.factors import MOST_PARTS, Factors, Normed, add_factor_gradients
 from gazelle.quantize.storage import Dense, Storage
 
 # Adapter columns are padded to this many: rows of 16-bit matrices that begin on 128-byte boundaries multiply faster.
 _ALIGN = {"cuda": 64}
+_HALVES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,7 @@ class Projection:
         """[dy, dz]·[[W], [A]]."""
         return dy @ W.whole[:, : self.K]
 
-    def parameter_gradients(self, dy: Tensor, x: Tensor, W: Bordered, z: Tensor | None, grads: Gradients,
+    def parameter_gradients(self, dy: Tensor, x: Tensor | Normed, W: Bordered, z: Tensor | None, grads: Gradients,
                             seed: Tensor | None = None) -> None:
         """Gradients of what is trained, added to `grads`.
 
@@ -216,34 +217,25 @@ class Projection:
             z: [T, R] from `forward`, or None to compute it again.
             grads: where they go.
         """
-        inner = dy[:, : self.N]
-        self._weight_gradients(inner, x, grads)
+        inner, dz = dy[:, : self.N], dy[:, self.N :]
+        targets = None if seed is not None and self.has_dropout else self._targets(grads)
+        if isinstance(x, Normed) and (targets is None or any(part.trainable_weight is not None for part in self.parts)):
+            x = x.made()
+        if isinstance(x, Tensor):
+            self._weight_gradients(inner, x, grads)
+        self._bias_gradients(inner, grads)
         if not self.R:
             return
         if z is None:
-            z = self._down(x, W.a, seed)
-        dz = dy[:, self.N :]
-        if seed is None or not self.has_dropout:
-            dA = product(dz.t(), x)
-            if (targets := self._targets(grads)) is not None:
-                add_factor_gradients(dA, product(inner.t(), z), targets)
-                return
-        else:
-            dA = torch.zeros(self.R, self.K, dtype=accumulator(x), device=x.device)
-            for number, columns, rate in self._adapters():
-                dA[columns] = product(dz[:, columns].t(), dropped(x, rate, seed, number))
-        for part, (rows, columns) in zip(self.parts, self.spans, strict=True):
-            if (adapter := part.adapter) is None:
-                continue
-            if grads.wants(adapter.a):
-                grads.add(adapter.a, dA[columns])
-            if grads.wants(adapter.b):
-                dB = product(inner[:, rows].t(), z[:, columns])
-                grads.add(adapter.b, dB if adapter.scale == 1 else dB.mul_(adapter.scale))
+            z = self._down(x if isinstance(x, Tensor) else x.made(), W.a, seed)
+        if targets:
+            add_factor_gradients(inner, x, z, dz, targets)
+        elif isinstance(x, Tensor):
+            self._factor_gradients(inner, x, z, dz, grads, seed)
 
     def _targets(self, grads: Gradients) -> list[Factors] | None:
-        """Where the gradients of all adapters are gathered, if they are to be added there in one launch."""
-        if not grads.in_place or self.device.type == "cpu" or len(self.parts) > MOST_PARTS:
+        """Where the gradients of all adapters are gathered, if they are to be added there by a kernel."""
+        if not grads.in_place or self.device.type == "cpu" or self.dtype not in _HALVES or len(self.parts) > MOST_PARTS:
             return None
         found = []
         for part, (rows, columns) in zip(self.parts, self.spans, strict=True):
@@ -255,16 +247,33 @@ class Projection:
             found.append(Factors(a, b, adapter.scale, rows, columns))
         return found
 
+    def _factor_gradients(self, dy: Tensor, x: Tensor, z: Tensor, dz: Tensor, grads: Gradients,
+                          seed: Tensor | None) -> None:
+        together = product(dz.t(), x) if seed is None or not self.has_dropout else None
+        for number, (part, (rows, columns)) in enumerate(zip(self.parts, self.spans, strict=True)):
+            if (adapter := part.adapter) is None:
+                continue
+            if grads.wants(adapter.a):
+                if together is not None:
+                    grads.add(adapter.a, together[columns])
+                elif seed is not None:
+                    grads.add(adapter.a, product(dz[:, columns].t(), dropped(x, adapter.dropout, seed, number)))
+            if grads.wants(adapter.b):
+                dB = product(dy[:, rows].t(), z[:, columns])
+                grads.add(adapter.b, dB if adapter.scale == 1 else dB.mul_(adapter.scale))
+
     def _adapters(self) -> Iterator[tuple[int, slice, float]]:
         """(number, columns, dropout) of each part with an adapter."""
         for number, (part, (_, columns)) in enumerate(zip(self.parts, self.spans, strict=True)):
             if part.adapter is not None:
                 yield number, columns, part.adapter.dropout
 
-    def _weight_gradients(self, dy: Tensor, x: Tensor, grads: Gradients) -> None:
+    def _bias_gradients(self, dy: Tensor, grads: Gradients) -> None:
         for part, (rows, _) in zip(self.parts, self.spans, strict=True):
             if part.bias is not None and grads.wants(part.bias):
                 grads.add(part.bias, dy[:, rows].sum(0, dtype=accumulator(dy)))
+
+    def _weight_gradients(self, dy: Tensor, x: Tensor, grads: Gradients) -> None:
         if all(grads.wants(part.trainable_weight) for part in self.parts):
             dW = dy.t() @ x
             for part, (rows, _) in zip(self.parts, self.spans, strict=True):
@@ -293,6 +302,6 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, in float32 for 16-bit factors: what is rounded once to 16 bits cannot be summed exactly any more."""
-    if a.is_cuda and a.dtype in (torch.bfloat16, torch.float16):
+    if a.is_cuda and a.dtype in _HALVES:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a @ b

@@ -17,6 +17,7 @@ from gazelle.engine.offload import Parked, park, settle
 from gazelle.engine.spec import DecoderSpec
 from gazelle.kernels.activation import gated, gated_backward
 from gazelle.kernels.attention import Rows, attention
+from gazelle.kernels.factors import Normed
 from gazelle.kernels.norm import rms_norm, rms_norm_backward, rms_norm_weight_grad
 from gazelle.kernels.rotary import rotate_, rotate_into
 
@@ -43,6 +44,7 @@ class Attended:
     """The attention half of a layer: what its backward pass reads. `leaves` are q, k, v and `out` hangs on them."""
 
     z_qkv: Tensor | None
+    rstd: Tensor  # of the norm before
     raw: Tensor | None  # qkv before the norm of queries and keys
     rstds: tuple[Tensor, Tensor] | None
     leaves: tuple[Tensor, Tensor, Tensor]
@@ -57,6 +59,7 @@ class Expanded:
 
     gate_up: Tensor
     z: Tensor | None
+    rstd: Tensor  # of the norm before
     branch: Tensor | None = None
 
 
@@ -112,14 +115,14 @@ class Pass:
         layer, spec, call = self.layer, self.layer.spec, self.call
         T = x.shape[0]
         entry = layer.qkv.input(T)
-        rms_norm(x, layer.norms.attention, spec.eps, spec.norm_offset, out=entry[:, : spec.hidden])
+        _, rstd = rms_norm(x, layer.norms.attention, spec.eps, spec.norm_offset, out=entry[:, : spec.hidden])
         qkv, z_qkv = layer.qkv.forward(entry, layer.qkv.matrix(), seed=call.seed(0))
         q, k, v, raw, rstds = self._positioned(qkv)
         with torch.set_grad_enabled(differentiable):
             q, k, v = (part.detach().requires_grad_(differentiable) for part in (q, k, v))
             out = attention(q, k, v, call.rows, spec.attention_scale, spec.window, spec.softcap,
                             spec.attention_dropout if call.training else 0.0)
-        return Attended(z_qkv, raw, rstds, (q, k, v), out)
+        return Attended(z_qkv, rstd, raw, rstds, (q, k, v), out)
 
     def _add_attention(self, attended: Attended, x: Tensor) -> Tensor:
         """The stream [T, H] between attention and MLP."""
@@ -157,7 +160,7 @@ class Pass:
         self.z_down = []
         W = layer.gate_up.matrix()
         for span in spans:
-            expanded = self._expand(mid[span], W)[0]
+            expanded = self._expand(mid[span], W)
             h = layer.down.input(len(mid[span]))
             gated(expanded.gate_up[:, : layer.gate_up.N], spec.activation, out=h[:, : spec.intermediate])
             if keep:
@@ -174,14 +177,14 @@ class Pass:
             return [slice(0, T)]
         return [slice(at, min(at + chunk, T)) for at in range(0, T, chunk)]
 
-    def _expand(self, mid: Tensor, W: Bordered) -> tuple[Expanded, Tensor, Tensor]:
-        """Gate and up of a normalised [T, H], that itself, and the norm's factors."""
+    def _expand(self, mid: Tensor, W: Bordered) -> Expanded:
+        """Gate and up of a normalised [T, H]."""
         layer, spec = self.layer, self.layer.spec
         entry = layer.gate_up.input(mid.shape[0])
         _, rstd = rms_norm(mid, layer.norms.mlp, spec.eps, spec.norm_offset, out=entry[:, : spec.hidden])
         gate_up = layer.gate_up.output(mid.shape[0])
         _, z = layer.gate_up.forward(entry, W, out=gate_up[:, : layer.gate_up.N], seed=self.call.seed(2))
-        return Expanded(gate_up, z), entry[:, : spec.hidden], rstd
+        return Expanded(gate_up, z, rstd)
 
     def _join(self, projection: Projection, entry: Tensor, after: Tensor | None, residual: Tensor,
               seed: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -259,9 +262,7 @@ class Pass:
         layer, spec, call = self.layer, self.layer.spec, self.call
         expanded, T = self.expanded, len(stream)
         if expanded is None:
-            expanded, normed, rstd = self._expand(mid, W)
-        else:
-            normed, rstd = rms_norm(mid, layer.norms.mlp, spec.eps, spec.norm_offset)
+            expanded = self._expand(mid, W)
         gate_up = expanded.gate_up
         W_down = layer.down.matrix(again=True)
         if layer.norms.after_mlp is not None and expanded.branch is None:
@@ -276,8 +277,9 @@ class Pass:
         layer.down.parameter_gradients(d, h, W_down, z_down, grads, call.seed(3))
         del h, dh
         dn = layer.gate_up.input_gradient(gate_up, W, call.seed(2))
+        normed = Normed(mid, layer.norms.mlp, spec.eps, spec.norm_offset, expanded.rstd)
         layer.gate_up.parameter_gradients(gate_up, normed, W, expanded.z, grads, call.seed(2))
-        self._norm_backward(dn, mid, layer.norms.mlp, rstd, stream, grads)
+        self._norm_backward(dn, normed, stream, grads)
 
     def _attention_backward(self, stream: Tensor, x: Tensor, attended: Attended, grads: Gradients, *,
                             wants_input: bool) -> None:
@@ -297,9 +299,9 @@ class Pass:
             return
         W = layer.qkv.matrix(again=True)
         dn = layer.qkv.input_gradient(dqkv, W, call.seed(0))
-        normed, rstd = rms_norm(x, layer.norms.attention, spec.eps, spec.norm_offset)
+        normed = Normed(x, layer.norms.attention, spec.eps, spec.norm_offset, attended.rstd)
         layer.qkv.parameter_gradients(dqkv, normed, W, attended.z_qkv, grads, call.seed(0))
-        self._norm_backward(dn, x, layer.norms.attention, rstd, stream, grads)
+        self._norm_backward(dn, normed, stream, grads)
 
     def _positioned_backward(self, dq: Tensor, dk: Tensor, dv: Tensor, attended: Attended, grads: Gradients) -> Tensor:
         """The gradient [T, N + R] of what the qkv projection gave."""
@@ -319,14 +321,13 @@ class Pass:
                 grad.copy_(rms_norm_backward(grad, raw, weight, rstd, spec.norm_offset))
         return d
 
-    def _norm_backward(self, dn: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, stream: Tensor,
-                       grads: Gradients) -> None:
+    def _norm_backward(self, dn: Tensor, normed: Normed, stream: Tensor, grads: Gradients) -> None:
         """Add the gradient of a norm's input to the stream's."""
-        spec = self.layer.spec
+        x, weight, rstd = normed.x, normed.weight, normed.rstd
         if grads.wants(weight):
             grads.add(weight, rms_norm_weight_grad(dn, x, rstd))
-        inner = stream[:, : spec.hidden]
-        rms_norm_backward(dn, x, weight, rstd, spec.norm_offset, residual=inner, out=inner)
+        inner = stream[:, : self.layer.spec.hidden]
+        rms_norm_backward(dn, x, weight, rstd, normed.offset, residual=inner, out=inner)
 
 
 def heads(qkv: Tensor, spec: DecoderSpec) -> tuple[Tensor, Tensor, Tensor]:

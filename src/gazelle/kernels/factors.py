@@ -1,14 +1,16 @@
-"""Gradients of the LoRA factors of one projection, cut out of two matrices and added to where they are gathered.
+"""Gradients of the LoRA factors of one projection, y = [x, xAᵀ]·[W, sB]ᵀ, added to where they are gathered.
 
-Shapes: N outputs and K inputs of all parts, R adapter columns; n and r of one part.
+Shapes: T tokens, N outputs and K inputs of all parts, R adapter columns; n and r of one part.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from gazelle.kernels.dispatch import use_triton
+from gazelle.kernels.norm import rms_norm
 
 MOST_PARTS = 3  # of a projection: queries, keys and values
 
@@ -24,18 +26,41 @@ class Factors:
     columns: slice
 
 
-def add_factor_gradients(dA: Tensor, dB: Tensor, parts: Sequence[Factors]) -> None:
-    """Add dA[columns] to each part's `a`, and scale · dB[rows, columns] to its `b`.
+@dataclass(frozen=True)
+class Normed:
+    """A projection's input that came from a norm, and is made anew where it is read.
+
+    Attributes:
+        x: [T, K], what went into the norm.
+        weight, eps, offset: as in `kernels.norm.rms_norm`.
+        rstd: [T] float32, from its forward pass.
+    """
+
+    x: Tensor
+    weight: Tensor
+    eps: float
+    offset: float
+    rstd: Tensor
+
+    def made(self) -> Tensor:
+        """What the norm gave [T, K]."""
+        return rms_norm(self.x, self.weight, self.eps, self.offset)[0]
+
+
+def add_factor_gradients(dy: Tensor, x: Tensor | Normed, z: Tensor, dz: Tensor, parts: Sequence[Factors]) -> None:
+    """Add dzᵀx to each part's `a`, and scale · dyᵀz to its `b`: sums in float32, the same in every run.
 
     Args:
-        dA: [R, K]. dB: [N, R]; both contiguous.
+        dy: [T, N]. x: [T, K]. z = xAᵀ and dz = s·dyB: [T, R]. Rows may lie apart.
         parts: at most `MOST_PARTS`, their tensors contiguous and of one type.
     """
-    if use_triton(dA):
+    if use_triton(dy):
         from gazelle.kernels import factors_triton
 
-        factors_triton.add_factor_gradients(dA, dB, parts)
+        factors_triton.add_factor_gradients(dy, x, z, dz, parts)
         return
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    inner = (x.made() if isinstance(x, Normed) else x).to(wide)
     for part in parts:
-        part.a.add_(dA[part.columns])
-        part.b.add_(dB[part.rows, part.columns], alpha=part.scale)
+        part.a.add_(dz[:, part.columns].to(wide).t() @ inner)
+        part.b.add_(dy[:, part.rows].to(wide).t() @ z[:, part.columns].to(wide), alpha=part.scale)

@@ -1,65 +1,148 @@
-"""`kernels.factors` in Triton: one launch for all parts of a projection."""
+"""`kernels.factors` in Triton: one launch for all sums over tokens, in pieces, and one that adds the pieces up.
+
+A program sums one block of columns of x (for A) or of dy (for B) over one piece of the tokens.
+"""
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from gazelle.kernels.factors import MOST_PARTS, Factors
+from gazelle.kernels.factors import MOST_PARTS, Factors, Normed
 
-_COLUMNS = 1024  # of A, a program
-_ROWS = 128  # of B, a program
+_TOKENS = 64  # of a step of the sum
+_BLOCK = 64  # columns of x or dy, a program
+_RANKS = 64  # adapter columns at most, a program
+_PROGRAMS = 512  # to keep a GPU busy: tokens are cut into so many pieces that there are about as many
+_SHORTEST = 256  # tokens of a piece
+_COLUMNS = 1024  # of A, a program of the second launch
+_ROWS = 128  # of B
 
 
 @triton.jit
-def _add_one(dA, dB, a, b, scale, row, column, n, r, inputs, border, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-             RANK: tl.constexpr):
+def _sum(dy, x, z, dz, rstd, weight, offset, sums_a, sums_b, tokens, inputs, outputs, columns, row0, row1, row2, n0, n1,
+         n2, c0, c1, c2, r0, r1, r2, dy_t, x_t, z_t, dz_t, of_a, of_b0, of_b1, width, NORMED: tl.constexpr,
+         STEPS: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr, RANKS: tl.constexpr):
+    program = tl.program_id(0)
+    split = tl.program_id(1)
+    i = tl.program_id(2) * RANKS + tl.arange(0, RANKS)
+    for_a = program < of_a
+    # What is summed up: a block of `source`, as far as `limit`, times columns of `factor`, as far as `ranks`.
+    if for_a:
+        source, stride, first, limit = x, x_t, program * BLOCK, inputs
+        factor, factor_stride, column, ranks = dz, dz_t, 0, columns
+    else:
+        factor, factor_stride = z, z_t
+        at = program - of_a
+        if at < of_b0:
+            column, ranks, begin, limit, block = c0, r0, row0, row0 + n0, at
+        elif at < of_b0 + of_b1:
+            column, ranks, begin, limit, block = c1, r1, row1, row1 + n1, at - of_b0
+        else:
+            column, ranks, begin, limit, block = c2, r2, row2, row2 + n2, at - of_b0 - of_b1
+        source, stride, first = dy, dy_t, begin + block * BLOCK
+    c = first + tl.arange(0, BLOCK)
+    inside, used = (c < limit)[None, :], (i < ranks)[None, :]
+    if NORMED:
+        scale = tl.load(weight + c, mask=(c < limit) & for_a, other=0.0).to(tl.float32) + offset
+        scale = tl.where(for_a, scale, 1.0)
+    total = tl.zeros((BLOCK, RANKS), tl.float32)
+    end = tl.where(tl.program_id(2) * RANKS < ranks, tokens, 0)  # a later block of columns may have none for a part
+    for step in range(STEPS):
+        t = (split * STEPS + step) * TOKENS + tl.arange(0, TOKENS)
+        there = (t < end)[:, None]
+        place = t.to(tl.int64)[:, None]
+        v = tl.load(source + place * stride + c[None, :], mask=there & inside, other=0.0)
+        if NORMED:
+            r = tl.load(rstd + t, mask=(t < end) & for_a, other=1.0)
+            v = (v.to(tl.float32) * r[:, None] * scale[None, :]).to(v.dtype)
+        f = tl.load(factor + place * factor_stride + column + i[None, :], mask=there & used, other=0.0)
+        total = tl.dot(tl.trans(v), f, total, input_precision="ieee")
+    if for_a:
+        out = sums_a + (split * columns + i).to(tl.int64)[None, :] * inputs + c[:, None]
+        tl.store(out, total, mask=(c < limit)[:, None] & used)
+    else:
+        out = sums_b + (split * outputs + c).to(tl.int64)[:, None] * width + i[None, :]
+        tl.store(out, total, mask=(c < limit)[:, None] & used)
+
+
+@triton.jit
+def _add_one(sums_a, sums_b, a, b, scale, row, column, n, r, splits, inputs, outputs, columns, width,
+             SPLITS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
     program = tl.program_id(0)
     blocks = tl.cdiv(inputs, COLUMNS)
     kind = a.dtype.element_ty
     if program < r * blocks:
         of_a = program // blocks
         across = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+        inside = across < inputs
+        found = tl.zeros((COLUMNS,), tl.float32)
+        for split in range(SPLITS):
+            source = sums_a + (split * columns + column + of_a) * inputs + across
+            found += tl.load(source, mask=inside & (split < splits), other=0.0)
         place = of_a * inputs + across
-        found = tl.load(dA + (column + of_a) * inputs + across, mask=across < inputs, other=0.0).to(tl.float32)
-        held = tl.load(a + place, mask=across < inputs, other=0.0).to(tl.float32)
-        tl.store(a + place, (held + found).to(kind), mask=across < inputs)
+        held = tl.load(a + place, mask=inside, other=0.0).to(tl.float32)
+        tl.store(a + place, (held + found).to(kind), mask=inside)
     elif program < r * blocks + tl.cdiv(n, ROWS):
         of_b = (program - r * blocks) * ROWS + tl.arange(0, ROWS)
         across = tl.arange(0, RANK)
         mask = (of_b < n)[:, None] & (across < r)[None, :]
-        source = dB + (row + of_b)[:, None].to(tl.int64) * border + column + across[None, :]
-        found = tl.load(source, mask=mask, other=0.0)
+        total = tl.zeros((ROWS, RANK), tl.float32)
+        for split in range(SPLITS):
+            source = sums_b + (split * outputs + row + of_b).to(tl.int64)[:, None] * width + across[None, :]
+            total += tl.load(source, mask=mask & (split < splits), other=0.0)
         place = of_b[:, None] * r + across[None, :]
         held = tl.load(b + place, mask=mask, other=0.0).to(tl.float32)
-        tl.store(b + place, (held + scale * found.to(tl.float32)).to(kind), mask=mask)
+        tl.store(b + place, (held + scale * total).to(kind), mask=mask)
 
 
 @triton.jit
-def _add(dA, dB, a0, a1, a2, b0, b1, b2, s0, s1, s2, row0, row1, row2, c0, c1, c2, n0, n1, n2, r0, r1, r2, inputs,
-         border, COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
+def _add(sums_a, sums_b, a0, a1, a2, b0, b1, b2, s0, s1, s2, row0, row1, row2, n0, n1, n2, c0, c1, c2, r0, r1, r2,
+         splits, inputs, outputs, columns, width, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
+         ROWS: tl.constexpr, RANK: tl.constexpr):
     part = tl.program_id(1)
     if part == 0:
-        _add_one(dA, dB, a0, b0, s0, row0, c0, n0, r0, inputs, border, COLUMNS, ROWS, RANK)
+        _add_one(sums_a, sums_b, a0, b0, s0, row0, c0, n0, r0, splits, inputs, outputs, columns, width, SPLITS, COLUMNS,
+                 ROWS, RANK)
     elif part == 1:
-        _add_one(dA, dB, a1, b1, s1, row1, c1, n1, r1, inputs, border, COLUMNS, ROWS, RANK)
+        _add_one(sums_a, sums_b, a1, b1, s1, row1, c1, n1, r1, splits, inputs, outputs, columns, width, SPLITS, COLUMNS,
+                 ROWS, RANK)
     else:
-        _add_one(dA, dB, a2, b2, s2, row2, c2, n2, r2, inputs, border, COLUMNS, ROWS, RANK)
+        _add_one(sums_a, sums_b, a2, b2, s2, row2, c2, n2, r2, splits, inputs, outputs, columns, width, SPLITS, COLUMNS,
+                 ROWS, RANK)
 
 
-def add_factor_gradients(dA: Tensor, dB: Tensor, parts: Sequence[Factors]) -> None:
+def add_factor_gradients(dy: Tensor, x: Tensor | Normed, z: Tensor, dz: Tensor, parts: Sequence[Factors]) -> None:
     """See `kernels.factors.add_factor_gradients`."""
-    inputs, border = dA.shape[1], dB.shape[1]
-    ranks = [part.a.shape[0] for part in parts]
+    source = x.x if isinstance(x, Normed) else x
+    (tokens, inputs), outputs = source.shape, dy.shape[1]
+    columns = parts[-1].columns.stop
+    width = max(part.a.shape[0] for part in parts)
     sizes = [part.b.shape[0] for part in parts]
-    programs = max(r * triton.cdiv(inputs, _COLUMNS) + triton.cdiv(n, _ROWS)
-                   for r, n in zip(ranks, sizes, strict=True))
-    filled = [*parts, *[parts[0]] * (MOST_PARTS - len(parts))]  # those behind the last are never reached
-
-    _add[(programs, len(parts))](
-        dA, dB, *(part.a for part in filled), *(part.b for part in filled),
-        *(float(part.scale) for part in filled), *(part.rows.start for part in filled),
-        *(part.columns.start for part in filled), *(part.b.shape[0] for part in filled),
-        *(part.a.shape[0] for part in filled), inputs, border, COLUMNS=_COLUMNS, ROWS=_ROWS,
-        RANK=triton.next_power_of_2(max(ranks)), num_warps=4)
+    programs = [triton.cdiv(size, _BLOCK) for size in (inputs, *sizes)]
+    ranks = min(_RANKS, max(16, triton.next_power_of_2(columns)))  # 16: the least that a product takes
+    chunks = triton.cdiv(columns, ranks)
+    splits = max(1, min(_PROGRAMS // (sum(programs) * chunks), triton.cdiv(tokens, _SHORTEST)))
+    # Compiled for powers of two, so that batches of many lengths share a few kernels.
+    steps = triton.next_power_of_2(triton.cdiv(tokens, splits * _TOKENS))
+    splits = triton.cdiv(tokens, steps * _TOKENS)
+    sums_a = torch.empty(splits, columns, inputs, dtype=torch.float32, device=dy.device)
+    sums_b = torch.empty(splits, outputs, width, dtype=torch.float32, device=dy.device)
+    spare = MOST_PARTS - len(parts)
+    filled = [*parts, *[parts[0]] * spare]  # those behind the last are never reached
+    places = (*(part.rows.start for part in filled), *(part.b.shape[0] for part in filled),
+              *(part.columns.start for part in filled), *(part.a.shape[0] for part in filled))
+    norm = (x.rstd, x.weight, x.offset) if isinstance(x, Normed) else (sums_a, sums_a, 0.0)
+    _sum[(sum(programs), splits, chunks)](
+        dy, source, z, dz, *norm, sums_a, sums_b, tokens, inputs, outputs, columns, *places, dy.stride(0),
+        source.stride(0), z.stride(0), dz.stride(0), *[*programs, 0][:3], width, NORMED=isinstance(x, Normed),
+        STEPS=steps, TOKENS=_TOKENS, BLOCK=_BLOCK, RANKS=ranks, num_warps=4, num_stages=4)
+    adding = max(part.a.shape[0] * triton.cdiv(inputs, _COLUMNS) + triton.cdiv(size, _ROWS)
+                 for part, size in zip(parts, sizes, strict=True))
+    _add[(adding, len(parts))](
+        sums_a, sums_b, *(part.a for part in filled), *(part.b for part in filled),
+        *(float(part.scale) for part in filled), *places, splits, inputs, outputs, columns, width,
+        SPLITS=triton.next_power_of_2(splits), COLUMNS=_COLUMNS, ROWS=_ROWS, RANK=triton.next_power_of_2(width),
+        num_warps=4)
