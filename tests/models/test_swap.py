@@ -270,6 +270,13 @@ def test_unsupported_configs_are_named(options: dict[str, Any], reason: str, sai
     assert not swapped_layers(model)
 
 
+def test_an_unknown_precision_is_refused() -> None:
+    model = make("llama", 9)
+    with pytest.raises(OptionError, match="auto or fp8"):
+        accelerate(model, precision="bf16")
+    assert not swapped_layers(model)
+
+
 def test_fp8_needs_a_gpu() -> None:
     model = make("llama", 9)
     with pytest.raises(OptionError, match="cannot compute in fp8"):
@@ -426,6 +433,44 @@ def test_changes_are_noticed(change: Any, runs: list[int]) -> None:
     runs.clear()
     assert_same_step(model, other, 2e-5)
     assert len(runs) == 2
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_weights_stay_where_they_are_from_training_to_evaluation_and_back(dropout: float) -> None:
+    """Steps recorded as graphs read them there; and laying them side by side again would copy the whole model."""
+    model = accelerate(adapt(make("llama", 12), lora_dropout=dropout))
+    other = twin(model)
+    held, places = [], []
+    for training in (True, False, True):
+        for each in (model, other):
+            torch.manual_seed(0)
+            each.train(training)
+            held.append(step(each) if training else (each(input_ids=ids(), use_cache=False).logits.detach(), {}))
+        places.append([projection.kept for module in swapped_layers(model)
+                       for projection in module.gazelle.layer.projections])
+        other = twin(other)  # reads everything anew
+    for later in places[1:]:
+        assert all(one is another for one, another in zip(places[0], later, strict=True))
+    for (ours, grads), (theirs, wanted) in zip(held[::2], held[1::2], strict=True):
+        assert torch.equal(ours, theirs)
+        assert grads.keys() == wanted.keys() and all(torch.equal(grads[name], wanted[name]) for name in grads)
+
+
+def test_a_backward_pass_after_another_adapter_answered() -> None:
+    """As in preference training: the reference's answer comes between forward and backward."""
+    model = adapt(make("llama", 13))
+    model.add_adapter("other", LoraConfig(r=4, lora_alpha=6, target_modules="all-linear", init_lora_weights=False))
+    results = []
+    for each in (twin(model), accelerate(model)):
+        for _ in range(2):
+            loss = each(input_ids=ids(), labels=ids()).loss
+            each.set_adapter("other")
+            with torch.no_grad():
+                each(input_ids=ids(), labels=ids(), use_cache=False)
+            each.set_adapter("default")
+            loss.backward()
+        results.append(gradients(each))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
 def test_adapters_switched_off_for_a_while() -> None:

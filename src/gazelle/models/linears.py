@@ -37,12 +37,17 @@ def base_linear(module: Any) -> Any:
     return module.get_base_layer() if _has_lora(module) else module
 
 
-def state_of(module: Any) -> tuple[Any, ...]:
-    """What decides how `read_linear` reads a module: if it differs, the module has to be read again."""
+def state_of(module: Any, *, mode: bool = True) -> tuple[Any, ...]:
+    """What decides how `read_linear` reads a module: if it differs, the module has to be read again.
+
+    Args:
+        module: the linear layer.
+        mode: with what differs between training and evaluation.
+    """
     if not _has_lora(module):
         return _state_of_base(module), hooked(module)
     adapters = tuple((*_state_of(module.lora_A[name].weight), *_state_of(module.lora_B[name].weight),
-                      module.scaling[name], _dropout(module, name))
+                      module.scaling[name], _dropout(module, name) if mode else None)
                      for name in module.active_adapters if name in module.lora_A)
     return (_state_of_base(module.get_base_layer()), hooked(module), module.disable_adapters,
             tuple(module.merged_adapters), adapters)

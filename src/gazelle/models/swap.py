@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gazelle.adapters.unwrap import unwrap
+from gazelle.base.errors import OptionError
 from gazelle.base.log import logger, say_once
 from gazelle.engine.fp8 import check_fp8, make_projection
 from gazelle.engine.keep import ALL, KEEP, Keep
@@ -46,6 +47,7 @@ class Engine:
         self.scratch = Scratch()
         self.shared = Shared()
         self.precision = precision
+        self.read = 0  # times that a layer was read: its weights are elsewhere since then
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Engine":
         copied = memo[id(self)] = Engine(self.precision)
@@ -59,6 +61,7 @@ class Swapped:
         self.number, self.engine = number, engine
         self.keep = keep  # what a plan says; without one, gradient checkpointing decides
         self.state: Any = None
+        self.held: Any = None  # of the state, what is the same in training and in evaluation
         self.layer: Layer | None = None
         # Its weights lie in host memory; they are on the device while this lasts (models.streamed).
         self.home: Callable[[], AbstractContextManager[None]] | None = None
@@ -156,17 +159,22 @@ def engine_layer(module: Any) -> Layer:
     parts = _parts(module)
     state = _state(module, parts)
     if swapped.layer is None or state != swapped.state:
-        away = swapped.home is not None and swapped.layer is not None
-        swapped.layer = _adapted_anew(module, parts, swapped.layer) if away else _read(module, parts, swapped)
-        swapped.state = _state(module, parts)  # reading lays weights side by side, which moves them
+        # From training to evaluation and back weights stay where they are: recorded steps go on reading them there.
+        stays = swapped.home is not None or swapped.held == _state(module, parts, mode=False)
+        if swapped.layer is not None and stays:
+            swapped.layer = _adapted_anew(module, parts, swapped.layer)
+        else:
+            swapped.layer = _read(module, parts, swapped)
+        # Reading lays weights side by side, which moves them.
+        swapped.state, swapped.held = _state(module, parts), _state(module, parts, mode=False)
     return swapped.layer
 
 
-def _state(module: Any, parts: list[list[Any]]) -> tuple[Any, ...]:
-    """What decides how a module is read: if it differs, the module has to be read again."""
+def _state(module: Any, parts: list[list[Any]], *, mode: bool = True) -> tuple[Any, ...]:
+    """What decides how a module is read: if it differs, the module has to be read again. `mode` as in `state_of`."""
     norms = [(norm.weight, hooked(norm)) for norm in _norms(module).values()]
-    return (module.training, hooked(module.self_attn), hooked(module.mlp),
-            tuple(state_of(part) for group in parts for part in group),
+    return (mode and module.training, hooked(module.self_attn), hooked(module.mlp),
+            tuple(state_of(part, mode=mode) for group in parts for part in group),
             tuple((id(weight), weight.requires_grad, has_hooks) for weight, has_hooks in norms))
 
 
@@ -203,13 +211,14 @@ def _read(module: Any, parts: list[list[Any]], swapped: Swapped) -> Layer:
     if len(places) > 1:
         raise UnsupportedError(f"its weights are on several devices ({', '.join(map(str, sorted(places, key=str)))})")
     engine = swapped.engine
+    engine.read += 1
     qkv, o, gate_up, down = (make_projection(group, engine.scratch, slot, dtype, engine.precision)
                              for slot, group in enumerate(linears))
     return Layer(spec, Norms(**norms), qkv, o, gate_up, down, engine.shared)
 
 
 def _adapted_anew(module: Any, parts: list[list[Any]], layer: Any) -> Layer:
-    """A layer whose weights are not here, with its adapters as they are now."""
+    """A layer whose weights stay where they are, or are not here, with its adapters as they are now."""
     _refuse_hooks(module)
     projections: list[Projection] = []
     for projection, group in zip(layer.projections, parts, strict=True):
@@ -238,8 +247,11 @@ def accelerate(model: Any, precision: str = "auto") -> Any:
         precision: "auto" computes in the model's own type; "fp8" multiplies frozen weights in 8 bits.
 
     Raises:
-        OptionError: fp8 on a device that has none.
+        OptionError: no such precision, or fp8 on a device that has none.
     """
+    if precision not in ("auto", "fp8"):
+        raise OptionError("no such precision of the engine", where="accelerate(precision=…)", found=repr(precision),
+                          expected="auto or fp8", fix='leave it out: "auto" computes in the model\'s own type')
     if precision == "fp8":
         check_fp8(unwrap(model).device)
     inner = unwrap(model)

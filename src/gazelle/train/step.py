@@ -11,7 +11,7 @@ from gazelle.adapters.unwrap import unwrap
 from gazelle.base.log import say_once
 from gazelle.engine.graph import StepGraph
 from gazelle.models.head import has_fused_head
-from gazelle.models.swap import runs_on_engine
+from gazelle.models.swap import runs_on_engine, swapped_layers
 from gazelle.train.config import SFTConfig
 from gazelle.train.loss import batch_loss
 
@@ -57,6 +57,8 @@ class GraphedStep:
     def __init__(self, model: nn.Module, label_smoothing: float) -> None:
         self.model, self.label_smoothing = model, label_smoothing
         self.graph = StepGraph(self._step)
+        self._engine = swapped_layers(model)[0].gazelle.engine
+        self._read = self._engine.read
 
     def __call__(self, inputs: dict[str, Any], count: Tensor | int) -> Tensor:
         """The loss of a batch, whose gradients are added to the parameters'.
@@ -67,7 +69,11 @@ class GraphedStep:
         """
         batch = {name: inputs[name] for name in _TENSORS}
         batch["count"] = torch.as_tensor(count, device=batch["input_ids"].device)
-        return self.graph(batch, (inputs["max_length_q"], inputs["uniform"]))
+        if self._engine.read != self._read:
+            self.graph.clear()  # weights moved since, and recorded steps would read them where they were
+        loss = self.graph(batch, (inputs["max_length_q"], inputs["uniform"]))
+        self._read = self._engine.read
+        return loss
 
     def _step(self, batch: dict[str, Tensor], static: tuple) -> Tensor:
         longest, uniform = static
