@@ -116,3 +116,18 @@ def test_autocast_does_not_reach_inside() -> None:
     want = linear_cross_entropy(hidden, weight, targets)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear_cross_entropy(hidden, weight, targets), want)
+
+
+def test_without_gradients_none_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for name in ("zeros_like", "empty_like", "mm"):
+        original = getattr(torch, name)
+        monkeypatch.setattr(module.torch, name, lambda *args, _of=original, **options: made.append(1) or _of(*args,
+                                                                                                             **options))
+    want = linear_cross_entropy(*inputs())
+    assert made
+    made.clear()
+    with torch.no_grad():
+        hidden, weight, targets = inputs()
+        assert torch.equal(linear_cross_entropy(hidden.detach(), weight, targets), want)
+    assert not made

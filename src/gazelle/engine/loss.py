@@ -26,6 +26,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, *, sca
         softcap: scaled logits become softcap · tanh(logit / softcap).
         label_smoothing: as in `torch.nn.functional.cross_entropy`.
     """
+    if not torch.is_grad_enabled():  # inside, a weight that is trained would still want its gradient [V, H]
+        weight = weight.detach()
     return _LinearCrossEntropy.apply(hidden, weight, targets, scale, softcap, label_smoothing)
 
 
