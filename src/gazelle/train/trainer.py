@@ -175,7 +175,7 @@ class SFTTrainer(Trainer):
         self._weights = sum(parameter.numel() for parameter in model.parameters())
         self.samples: list[Sample] = []
         self.seconds = 0.0  # that the last call of train() took, samples and report apart
-        self._tokens = self._tokens_logged = 0
+        self._tokens = self._tokens_logged = self._tokens_before = 0  # the last: the present step
         self._evaluating = 0.0  # seconds
         self._logged_at = time.perf_counter()
 
@@ -242,6 +242,8 @@ class SFTTrainer(Trainer):
         """Forward and backward of a micro-batch; with those before it again, if memory runs out on a smaller plan."""
         if self._window is None or self.args.world_size > 1:
             return self._micro_batch(model, inputs, num_items_in_batch)
+        if not self._window.batches:
+            self._tokens_before = self._tokens
         return self._window.run(inputs, lambda batch: self._micro_batch(model, batch, num_items_in_batch))
 
     def _micro_batch(self, model: torch.nn.Module, inputs: dict[str, Any],
@@ -269,9 +271,10 @@ class SFTTrainer(Trainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """Mean cross entropy over the labelled tokens of the whole accumulated batch."""
-        mask = inputs.get("attention_mask")
-        self._tokens += inputs["tokens"] if "tokens" in inputs else inputs["labels"].numel() if mask is None \
-            else int(mask.sum())
+        if model.training:
+            mask = inputs.get("attention_mask")
+            self._tokens += inputs["tokens"] if "tokens" in inputs else inputs["labels"].numel() if mask is None \
+                else int(mask.sum())
         total, output = batch_loss(model, inputs, self.args.label_smoothing_factor, logits=return_outputs)
         count = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
         loss = total / count
@@ -350,7 +353,8 @@ class SFTTrainer(Trainer):
         return super()._get_grad_norm(model, grad_norm)
 
     def _drop_step(self) -> None:
-        """Memory ran out: let go of gradients, and of graphs with their activations."""
+        """Memory ran out: let go of gradients and of graphs with their activations, and count its tokens anew."""
+        self._tokens = self._tokens_before
         if self._step is not None:
             self._step.graph.clear()
         self.model.zero_grad()
