@@ -81,7 +81,7 @@ def test_a_budget_decides_what_is_kept(folder: Path, capsys: pytest.CaptureFixtu
 
 @pytest.mark.parametrize(("options", "said"), [
     (["--budget", "lots"], "12GB"), (["--optim", "adamw_9bit"], "adamw_8bit"), (["--precision", "fp9"], "did you mean"),
-    (["--precision", "fp8"], "Hopper"), (["--checkpointing", "maybe"], "offload"),
+    (["--precision", "fp8"], "Ada or newer (compute capability 8.9)"), (["--checkpointing", "maybe"], "offload"),
     (["--load-in-4bit", "--load-in-8bit"], "4 bits or in 8"), (["--full", "--load-in-4bit"], "full_finetuning"),
     (["--seq", "0"], "positive"), (["--batch", "0"], "--batch"), (["--r", "0"], "--r"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")

@@ -219,7 +219,7 @@ def show(result: dict[str, Any]) -> None:
     for name, median in result["median_seconds"].items():
         memory = result["step_memory_gb"][name]
         table.add_row(name, f"{median:.3f}", f"{result['tokens_per_second'][name]:,.0f}",
-                      "–" if memory is None else f"{memory:.2f} GB")
+                      "–" if memory is None else f"{memory:.2f} GiB")
     console.print(table)
     console.print(f"{result['speedup']:.2f} times as fast on {machine['device']}; largest difference of a loss "
                   f"{result['largest_loss_difference']:.1e}", highlight=False, soft_wrap=True)

@@ -22,7 +22,8 @@ def check_fp8(device: torch.device) -> None:
     if not fp8_supported(device):
         found = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
         raise OptionError("this device cannot compute in fp8", where="precision", found=found,
-                          expected="an NVIDIA GPU of the Hopper generation or newer", fix='leave out precision="fp8"')
+                          expected="an NVIDIA GPU, Ada or newer (compute capability 8.9)",
+                          fix='leave out precision="fp8"')
 
 
 def fits_fp8(parts: Sequence[Linear]) -> bool:

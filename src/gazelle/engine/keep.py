@@ -1,4 +1,8 @@
-"""What a layer keeps between its forward and its backward pass. Whatever is chosen, the numbers are the same."""
+"""What a layer keeps between its forward and its backward pass.
+
+No choice changes a bit of any number, but for chunks: summed chunk by chunk, the gradients of the MLP's parameters may
+differ in their last bits.
+"""
 
 from dataclasses import dataclass
 

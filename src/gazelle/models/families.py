@@ -1,6 +1,6 @@
 """The model families that the engine runs: how each one's Hugging Face layer maps to a `DecoderSpec`.
 
-A new family is a row of `FAMILIES`, and a case in tests/models/test_families.py, if its layer is the flow of
+A new family is a row of `FAMILIES`, and a case in tests/models/families.py, if its layer is the flow of
 `engine.spec` under Hugging Face's usual names.
 """
 

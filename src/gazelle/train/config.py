@@ -90,7 +90,8 @@ class _SFTArguments(TrainingArguments):
     )
     precision: Literal["auto", "bf16", "fp16", "fp32", "fp8"] = field(
         default="auto", metadata={"help": "What to compute in: auto is the model's type; fp8 multiplies frozen weights "
-                                          "in 8 bits, on Hopper GPUs and newer."}
+                                          "in 8 bits, on NVIDIA GPUs, Ada or newer (compute "
+                                          "capability 8.9)."}
     )
     memory_budget: str | int | None = field(
         default=None, metadata={"help": 'Device memory that training may take, such as "12GB". Default: what is free.'}
