@@ -473,6 +473,28 @@ def test_a_backward_pass_after_another_adapter_answered() -> None:
     torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_gradients_that_hooks_keep_stay_what_they_were(late: bool) -> None:
+    """The engine's own buffer changes under them from layer to layer."""
+    kept: list[dict[str, Tensor]] = []
+    for engine in (False, True):
+        model = make("llama", 14, num_hidden_layers=3)
+        if engine and late:
+            step(accelerate(model))
+        seen: dict[str, Tensor] = {}
+
+        def keep(module: Any, inputs: Any, outputs: Any, seen: dict[str, Tensor] = seen) -> None:
+            seen.update(inputs=inputs[0], outputs=outputs[0])
+
+        model.model.layers[1].register_full_backward_hook(keep)
+        if engine:
+            accelerate(model)
+            assert explain(model)[1].reason == "backward hooks on the layer"
+        step(model)
+        kept.append(seen)
+    torch.testing.assert_close(kept[0], kept[1], rtol=1e-4, atol=1e-5)
+
+
 def test_adapters_switched_off_for_a_while() -> None:
     """As preference tuning does it for its reference."""
     model = adapt(make("qwen2", 11))

@@ -173,7 +173,7 @@ def engine_layer(module: Any) -> Layer:
 def _state(module: Any, parts: list[list[Any]], *, mode: bool = True) -> tuple[Any, ...]:
     """What decides how a module is read: if it differs, the module has to be read again. `mode` as in `state_of`."""
     norms = [(norm.weight, hooked(norm)) for norm in _norms(module).values()]
-    return (mode and module.training, hooked(module.self_attn), hooked(module.mlp),
+    return (mode and module.training, _sees_gradients(module), hooked(module.self_attn), hooked(module.mlp),
             tuple(state_of(part, mode=mode) for group in parts for part in group),
             tuple((id(weight), weight.requires_grad, has_hooks) for weight, has_hooks in norms))
 
@@ -191,7 +191,14 @@ def _norms(module: Any) -> dict[str, Any]:
     return {name: module.get_submodule(path) for name, path in names.items()}
 
 
+def _sees_gradients(module: Any) -> bool:
+    """True if a layer has backward hooks: the engine changes the gradient of the stream under them, in place."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
 def _refuse_hooks(module: Any) -> None:
+    if _sees_gradients(module):
+        raise UnsupportedError("backward hooks on the layer")
     if any(hooked(part) for part in (module.self_attn, module.mlp, *_norms(module).values())):
         raise UnsupportedError("hooks on its parts")
 
