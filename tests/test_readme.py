@@ -27,6 +27,7 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     lines = [line.split("#")[0].strip() for block in blocks("bash") for line in block.splitlines()]
+    lines += [line[2:] for block in blocks("console") for line in block.splitlines() if line.startswith("$ ")]
     return [line for line in lines if line]
 
 
@@ -47,7 +48,8 @@ def test_no_command_is_untested() -> None:
         ".venv/bin/gazelle chat out/demo",
         "gazelle recipes", "gazelle recipes lora > my.yaml", "gazelle train my.yaml --dry-run",
         "gazelle train my.yaml train.learning_rate=1e-4", "gazelle train my.yaml --print-recipe",
-        "gazelle chat out/lora", "gazelle doctor",
+        "gazelle chat out/lora", "gazelle doctor", "gazelle bench",
+        "gazelle plan SmolLM2-135M-Instruct.gguf --seq 512 --batch 8 --budget 3GB",
     }
 
 
@@ -98,6 +100,39 @@ def test_the_commands_of_a_recipe(
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello?\n"))
     assert main(["chat", "out/lora", "--max-new-tokens", "4"]) == 0
     assert main(["doctor"]) == 0
+
+
+def console(command: str) -> str:
+    """What the README shows of a command."""
+    (block,) = [block for block in blocks("console") if block.startswith(f"$ gazelle {command}")]
+    return block.split("\n", 1)[1]
+
+
+def without_figures(text: str) -> set[str]:
+    """The words of an output, in lines, which do not depend on the machine."""
+    return {" ".join(re.findall(r"[^\W\d]+", line)) for line in text.splitlines()}
+
+
+def test_a_plan_looks_as_it_is_shown(
+    demo_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "SmolLM2-135M-Instruct.gguf").symlink_to(demo_gguf)
+    assert main(["plan", "SmolLM2-135M-Instruct.gguf", "--seq", "512", "--batch", "8", "--budget", "3GB"]) == 0
+    printed, shown = capsys.readouterr().out, console("plan")
+    parts, wanted = (dict(re.findall(r"^  (\S.*?) +([\d.]+) GB$", text, re.MULTILINE)) for text in (printed, shown))
+    assert parts.keys() == wanted.keys()
+    chosen = {"activations", "peak"}  # by what this machine takes for a layer
+    assert {name: size for name, size in parts.items() if name not in chosen} \
+        == {name: size for name, size in wanted.items() if name not in chosen}
+    assert "A micro-batch would take" in printed and "going by one layer measured on" in shown
+
+
+def test_a_benchmark_looks_as_it_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--steps", "1"]) == 0
+    printed, shown = capsys.readouterr().out, console("bench")
+    # Only its last line names the machine.
+    assert without_figures(printed.rsplit("\n", 2)[0]) == without_figures(shown.rsplit("\n", 2)[0])
 
 
 def test_the_python_example(demo_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
