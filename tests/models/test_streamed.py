@@ -234,6 +234,21 @@ def test_if_it_cannot_begin_nothing_has_changed(monkeypatch: pytest.MonkeyPatch)
     assert_equal(train(model), train(other))
 
 
+@pytest.mark.parametrize("kind", ["llama", "nf4"])
+def test_if_there_is_no_room_to_come_home_nothing_is_lost(kind: str, tmp_path: Path,
+                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+    model = accelerate(model_of(kind, tmp_path))
+    wanted, parameters = numbers(model), dict(model.named_parameters())
+
+    def no_room(*_: Any, **__: Any) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with pytest.raises(torch.OutOfMemoryError), weights_streamed(model, 2):
+        monkeypatch.setattr(Tensor, "to", no_room)
+    monkeypatch.undo()
+    assert_at_home(model, wanted, parameters)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_plan_counts_the_matrices_that_streamed_weights_are_written_to(kind: str, tmp_path: Path) -> None:
     model = accelerate(model_of(kind, tmp_path))

@@ -289,6 +289,20 @@ def test_the_report_says_that_memory_ran_out(quick: Make, monkeypatch: pytest.Mo
     assert re.search(r"predicted [\d,]+ ms for [\d,]+ tokens; measured [\d,]+ ms \([+-][\d.]+%\)", page)
 
 
+def test_memory_that_runs_out_in_evaluation(quick: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another batch size, and perhaps all logits: no plan of the training steps would help."""
+    trainer = quick(eval_strategy="steps", eval_steps=1)
+
+    def no_room(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(trainer, "evaluate", no_room)
+    with pytest.raises(TrainingError, match="outside of training steps") as caught:
+        trainer.train()
+    assert "per_device_eval_batch_size" in caught.value.fix
+    assert_detached(trainer.model)
+
+
 @pytest.mark.parametrize("checkpointing", ["auto", False])
 def test_when_nothing_lower_is_left(quick: Make, checkpointing: bool | str, monkeypatch: pytest.MonkeyPatch) -> None:
     trainer = quick(use_gradient_checkpointing=checkpointing)

@@ -48,4 +48,5 @@ def embedding_on_host(model: Any) -> Iterator[None]:
     finally:
         hook.remove()
         embedding.__class__ = original
+        weight.data = table  # whole, should the device have no room for it
         weight.data = table.to(device)

@@ -58,7 +58,8 @@ class _Home:
             tensor.data = tensor.data.new_empty(0)
 
     def come(self) -> None:
-        """Put the tensors back on the device."""
+        """Put the tensors back on the device; if it has no room, they are those in host memory, and whole."""
+        self.show()
         self._fill([host.to(self._device) for host in self._hosts])
 
     def show(self) -> None:
@@ -81,9 +82,9 @@ class _Home:
         finally:
             for hook in hooks:
                 hook.remove()
-            self.come()
             module.gazelle.home = None
             module.gazelle.layer = None  # it reads from the stream's buffers
+            self.come()
 
     @contextlib.contextmanager
     def visited(self) -> Iterator[None]:

@@ -33,6 +33,7 @@ STEP_DOWN = 0.85  # of the predicted peak, after memory ran out
 PROBED_ON_CPU = 512  # tokens; a layer's time grows with them, and a CPU takes long
 SMALLER = ("lower per_device_train_batch_size or max_length, load the model in 4 bits, choose "
            'optim="paged_adamw_8bit" or a smaller r, and leave use_gradient_checkpointing at "auto"')
+EVALUATION = "lower per_device_eval_batch_size, or leave out compute_metrics, which needs all logits"
 
 
 @dataclass
@@ -58,6 +59,7 @@ class RunPlan:
     measured_peak: int | None = None
     measured_seconds: float | None = None
     _stack: contextlib.ExitStack | None = None
+    _lowest: bool = False  # memory ran out in a step, and there is no plan for less
 
     @property
     def predicted_peak(self) -> int:
@@ -74,7 +76,7 @@ class RunPlan:
         """While it lasts, layers keep what the plan says, and weights lie where it says; peak and time are measured.
 
         Raises:
-            TrainingError: memory ran out, and there is no plan for less.
+            TrainingError: memory ran out, and there is no plan for less; or it ran out outside of steps.
         """
         device = str(stopwatch.device)
         self._enter(model)
@@ -87,9 +89,11 @@ class RunPlan:
             if stopwatch.seconds_a_token is not None:
                 self.measured_seconds = stopwatch.seconds_a_token * self.batch.tokens
         except torch.OutOfMemoryError as error:
-            raise TrainingError("memory ran out, and there is no plan for less", where=device, found=str(error),
-                                expected=f"room for the predicted peak of {gigabytes(self.plan.peak)}", fix=SMALLER
-                                ) from error
+            what, fix = "memory ran out outside of training steps", EVALUATION
+            if self._lowest:
+                what, fix = "memory ran out, and there is no plan for less", SMALLER
+            raise TrainingError(what, where=device, found=str(error), fix=fix,
+                                expected=f"room for the predicted peak of {gigabytes(self.plan.peak)}") from error
         finally:
             self._leave()
 
@@ -99,6 +103,7 @@ class RunPlan:
             lower = self._planned(int(self.plan.peak * STEP_DOWN))
         except TooSmallError as error:
             if error.smallest >= self.plan.peak:
+                self._lowest = True
                 return False
             lower = self._planned(error.smallest)
         self.notes.append(f"memory ran out with a predicted peak of {gigabytes(self.plan.peak)}: planned again for "
