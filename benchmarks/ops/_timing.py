@@ -3,12 +3,15 @@
 import functools
 import importlib
 import importlib.util
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from gazelle.kernels.factors import Factors
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -17,6 +20,13 @@ DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 def random(*shape: int, dtype: torch.dtype = DTYPE) -> Tensor:
     return torch.randn(*shape, dtype=dtype, device=DEVICE)
+
+
+def adapters(outputs: Sequence[int], inputs: int, rank: int = 16) -> list[Factors]:
+    """One adapter for each part of a projection, whose outputs lie one after another."""
+    rows = itertools.pairwise(itertools.accumulate(outputs, initial=0))
+    return [Factors(random(rank, inputs).float(), random(end - begin, rank).float(), 2.0, slice(begin, end),
+                    slice(number * rank, number * rank + rank)) for number, (begin, end) in enumerate(rows)]
 
 
 def case(op: str, name: str, size: int, run: Callable[..., Any], *args: Any, **options: Any) -> dict[str, Any]:

@@ -7,18 +7,19 @@ Alone: python -m benchmarks.ops.border
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.ops._timing import DTYPE, ON_GPU, case, random, show
+from benchmarks.ops._timing import DTYPE, ON_GPU, adapters, case, random, show
 from torch import Tensor
 
-from gazelle.kernels.border import Filling, fill_borders
+from gazelle.kernels.border import fill_borders
+from gazelle.kernels.factors import Factors
 
 # (name, outputs of each part, inputs), and adapter columns: of each part, and of the matrix.
 SHAPES = (("8B qkv", (4096, 1024, 1024), 4096), ("8B gate and up", (14336, 14336), 4096), ("8B down", (4096,), 14336)) \
     if ON_GPU else (("SmolLM2 qkv", (576, 192, 192), 576), ("SmolLM2 down", (576,), 1536))
-RANK, BORDER = 16, 64
+BORDER = 64
 
 
-def by_slices(matrix: Tensor, parts: list[Filling], inputs: int, border: int) -> None:
+def by_slices(matrix: Tensor, parts: list[Factors], inputs: int, border: int) -> None:
     """`fill_borders` in plain PyTorch."""
     outputs = matrix.shape[0] - border
     matrix[outputs:, :inputs] = 0
@@ -29,19 +30,11 @@ def by_slices(matrix: Tensor, parts: list[Filling], inputs: int, border: int) ->
         matrix[part.rows, inputs + first : inputs + end] = part.b * part.scale
 
 
-def fillings(parts: tuple[int, ...], inputs: int) -> Iterator[Filling]:
-    row = 0
-    for number, n in enumerate(parts):
-        columns = slice(number * RANK, number * RANK + RANK)
-        yield Filling(random(RANK, inputs).float(), random(n, RANK).float(), 2.0, slice(row, row + n), columns)
-        row += n
-
-
 def cases() -> Iterator[dict[str, Any]]:
     """{"op", "case", "ms", "gb_s"}."""
     for name, parts, K in SHAPES:
         matrix = random(sum(parts) + BORDER, K + BORDER)
-        found = list(fillings(parts, K))
+        found = adapters(parts, K)
         size = sum(part.a.nbytes + part.b.nbytes for part in found)
         size += (BORDER * K + sum(parts) * BORDER) * DTYPE.itemsize
         for label, one in (("gazelle", fill_borders), ("eager", by_slices)):

@@ -7,7 +7,7 @@ Alone: python -m benchmarks.ops.factors
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.ops._timing import DTYPE, ON_GPU, case, random, show
+from benchmarks.ops._timing import DTYPE, ON_GPU, adapters, case, random, show
 from torch import Tensor
 
 from gazelle.kernels.factors import Factors, add_factor_gradients
@@ -15,7 +15,7 @@ from gazelle.kernels.factors import Factors, add_factor_gradients
 # (name, outputs of each part, inputs), and adapter columns: of each part, and of the matrices.
 SHAPES = (("8B qkv", (4096, 1024, 1024), 4096), ("8B gate and up", (14336, 14336), 4096), ("8B down", (4096,), 14336)) \
     if ON_GPU else (("SmolLM2 qkv", (576, 192, 192), 576), ("SmolLM2 down", (576,), 1536))
-RANK, BORDER = 16, 64
+BORDER = 64
 TOKENS = 8192 if ON_GPU else 512
 
 
@@ -26,21 +26,13 @@ def by_products(dy: Tensor, x: Tensor, z: Tensor, dz: Tensor, parts: list[Factor
         part.b.add_(dy[:, part.rows].t() @ z[:, part.columns], alpha=part.scale)
 
 
-def targets(parts: tuple[int, ...], inputs: int) -> Iterator[Factors]:
-    row = 0
-    for number, n in enumerate(parts):
-        columns = slice(number * RANK, number * RANK + RANK)
-        yield Factors(random(RANK, inputs).float(), random(n, RANK).float(), 2.0, slice(row, row + n), columns)
-        row += n
-
-
 def cases() -> Iterator[dict[str, Any]]:
     """{"op", "case", "ms", "gb_s"}."""
     for name, parts, K in SHAPES:
         # As the engine lays them: gradient and dz side by side, the input with room for z.
         d, x, z = random(TOKENS, sum(parts) + BORDER), random(TOKENS, K), random(TOKENS, BORDER)
         dy, dz = d[:, : sum(parts)], d[:, sum(parts) :]
-        found = list(targets(parts, K))
+        found = adapters(parts, K)
         size = (d.numel() + x.numel() + z.numel()) * DTYPE.itemsize
         size += 2 * sum(part.a.nbytes + part.b.nbytes for part in found)
         for label, one in (("gazelle", add_factor_gradients), ("eager", by_products)):

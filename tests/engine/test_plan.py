@@ -7,8 +7,7 @@ from dataclasses import replace
 import pytest
 
 from gazelle.engine.footprint import footprint
-from gazelle.engine.keep import ALL, CHOICES, KEEP, OFFLOAD, Keep
-from gazelle.engine.keep import MLP as ATTENTION_KEPT
+from gazelle.engine.keep import ALL, CHOICES, KEEP, MLP, OFFLOAD, Keep
 from gazelle.engine.outline import Batch, LayerOutline, Outline
 from gazelle.engine.plan import (
     CHUNKS,
@@ -249,7 +248,7 @@ def test_allowed_leaves_a_choice() -> None:
     for budget in budgets(outline, 20, allowed=lambda keep: not keep.host, streams=False):
         seen |= set(make_plan(outline, BATCH, budget, RATES, allowed=lambda keep: not keep.host, streams=False).keeps)
     assert not any(keep.host for keep in seen)
-    assert {KEEP, ATTENTION_KEPT, ALL} <= seen
+    assert {KEEP, MLP, ALL} <= seen
 
 
 def test_the_embedding_moves_only_if_it_may_and_if_that_helps() -> None:
@@ -302,7 +301,7 @@ def test_lines_are_ranked_and_add_up() -> None:
 @pytest.mark.parametrize(("keeps", "options", "said"), [
     ([KEEP] * 3, {}, "3 layers keep everything"),
     ([KEEP], {}, "1 layer keeps everything"),
-    ([ATTENTION_KEPT] * 2 + [KEEP], {}, "2 layers make gate and up again, 1 layer keeps everything"),
+    ([MLP] * 2 + [KEEP], {}, "2 layers make gate and up again, 1 layer keeps everything"),
     ([ALL, Keep(attention=False), KEEP, ALL], {},
      "2 layers make everything again, 1 layer makes the attention again, 1 layer keeps everything"),
     ([OFFLOAD] * 4, {"embedding_on_host": True},

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from gazelle.kernels import border, border_triton
+from gazelle.kernels.factors import Factors
 
 CUDA = torch.cuda.is_available()
 WAYS = [pytest.param(border, "cpu", id="reference"),
@@ -60,7 +61,7 @@ def fill(op, matrix, found, parts, inputs, width):
     for f, (rows, _) in places:
         if f is None:
             border.clear_border(matrix, rows, inputs)
-    fillings = [border.Filling(*f, rows, columns) for f, (rows, columns) in places if f is not None]
+    fillings = [Factors(*f, rows, columns) for f, (rows, columns) in places if f is not None]
     op.fill_borders(matrix, fillings, inputs, width)
 
 

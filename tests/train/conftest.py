@@ -25,6 +25,15 @@ ROWS = [
 ]
 
 
+def with_adapter(model: Any) -> Any:
+    """With LoRA on all linears whose B is not zero, so that every gradient flows."""
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    return adapted
+
+
 @pytest.fixture
 def tiny(demo_tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
     """Makes equal models: same weights, same adapter, non-zero B so that every gradient flows."""
@@ -40,11 +49,7 @@ def tiny(demo_tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
         model.generation_config.pad_token_id = demo_tokenizer.pad_token_id
         if not adapter:
             return model
-        peft = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-        for name, parameter in peft.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(parameter, std=0.05)
-        return peft
+        return with_adapter(model)
 
     return make
 
@@ -65,11 +70,7 @@ def small_llama(tokenizer: PreTrainedTokenizerBase, *, adapter: bool = True, **o
         "eos_token_id": tokenizer.eos_token_id} | options)))
     if not adapter:
         return model
-    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.05)
-    return adapted
+    return with_adapter(model)
 
 
 @pytest.fixture

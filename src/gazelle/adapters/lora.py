@@ -18,7 +18,7 @@ from gazelle.quantize.bnb import is_quantized_linear
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-_CHECKPOINTING = (True, False, "auto", "offload", "unsloth")
+CHECKPOINTING = (True, False, "auto", "offload", "unsloth")
 
 
 def add_lora(model: Any, *, r: int = 16, target_modules: str | Sequence[str] | None = None,
@@ -56,7 +56,7 @@ def add_lora(model: Any, *, r: int = 16, target_modules: str | Sequence[str] | N
         raise OptionError("the model has an adapter already", where="get_peft_model", found=type(model).__name__,
                           expected="a model without an adapter", fix="go on with this one, or load the model anew")
     _check_numbers(r, lora_alpha, lora_dropout, bias)
-    _check_choice("use_gradient_checkpointing", use_gradient_checkpointing, _CHECKPOINTING)
+    _check_choice("use_gradient_checkpointing", use_gradient_checkpointing, CHECKPOINTING)
     known = {field.name for field in dataclasses.fields(peft.LoraConfig) if field.init}
     if unknown := [name for name in kwargs if name not in known]:
         raise OptionError("LoRA has no such option", where="get_peft_model", found=unknown[0],

@@ -26,7 +26,8 @@ class Keep:
 
 
 KEEP = Keep()
-MLP = Keep(mlp=False)
+MLP = Keep(mlp=False)  # by what is made again
+ATTENTION = Keep(attention=False)
 ALL = Keep(attention=False, mlp=False)
 OFFLOAD = Keep(attention=False, mlp=False, host=True)
 CHOICES = {"keep": KEEP, "mlp": MLP, "all": ALL, "offload": OFFLOAD}

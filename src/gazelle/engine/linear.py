@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gazelle.engine.dropout import dropped
 from gazelle.engine.scratch import Scratch
-from gazelle.kernels.border import Filling, clear_border, fill_borders
+from gazelle.kernels.border import clear_border, fill_borders
 from gazelle.kernels.factors import MOST_PARTS, Factors, Normed, add_factor_gradients
 from gazelle.quantize.storage import Dense, Storage
 
@@ -145,7 +145,7 @@ class Projection:
             if (adapter := part.adapter) is None:
                 clear_border(matrix, rows, self.K)
             else:
-                fillings.append(Filling(adapter.a.detach(), adapter.b.detach(), adapter.scale, rows, columns))
+                fillings.append(Factors(adapter.a.detach(), adapter.b.detach(), adapter.scale, rows, columns))
         fill_borders(matrix, fillings, self.K, self.R)
 
     def forward(self, x: Tensor, W: Bordered, out: Tensor | None = None, residual: Tensor | None = None,

@@ -8,13 +8,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from gazelle.engine.footprint import footprint, head_footprint
-from gazelle.engine.keep import ALL, KEEP, Keep
+from gazelle.engine.keep import ALL, ATTENTION, KEEP, MLP, Keep
 from gazelle.engine.outline import Batch, Outline
 from gazelle.engine.search import Option, fastest, least
 from gazelle.engine.stream import BUFFERS
 
-ATTENTION = Keep(mlp=False)
-EXPANDED = Keep(attention=False)
 CHUNKS = (16384, 8192, 4096, 2048, 1024)  # tokens that the MLP takes at a time where nothing else fits
 
 
@@ -134,7 +132,7 @@ def make_plan(outline: Outline, batch: Batch, budget: int, rates: Rates | None, 
 def choices(*, host: bool, chunk: int | None = None, allowed: Callable[[Keep], bool] | None = None) -> list[Keep]:
     """All that a layer may choose from."""
     found = [replace(keep, host=there) for there in ([False, True] if host else [False])
-             for keep in (KEEP, ATTENTION, EXPANDED, ALL)]
+             for keep in (KEEP, MLP, ATTENTION, ALL)]
     return [replace(keep, chunk=None if keep.mlp else chunk) for keep in found if allowed is None or allowed(keep)]
 
 

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from gazelle.engine.fp8 import make_projection
-from gazelle.engine.keep import KEEP, Keep
+from gazelle.engine.keep import ATTENTION, KEEP, MLP, Keep
 from gazelle.engine.layer import Call, Layer, Norms, Shared
 from gazelle.engine.linear import Adapter, Gradients, Linear, Projection
 from gazelle.engine.loss import linear_cross_entropy
 from gazelle.engine.outline import Batch, LayerOutline, Outline
 from gazelle.engine.passes import Pass
-from gazelle.engine.plan import ATTENTION, EXPANDED, Rates
+from gazelle.engine.plan import Rates
 from gazelle.engine.scratch import Scratch
 from gazelle.kernels.attention import Rows
 from gazelle.kernels.nf4 import Nested
@@ -44,7 +44,7 @@ def probe(outline: Outline, batch: Batch, device: torch.device, dtype: torch.dty
     kind = max(set(outline.layers), key=outline.layers.count)
     run = _Runner(kind, batch, device, dtype, precision)
     forward = run.time(KEEP, backward=False)
-    kept, no_mlp, no_attention = (run.time(keep) for keep in (KEEP, ATTENTION, EXPANDED))
+    kept, no_mlp, no_attention = (run.time(keep) for keep in (KEEP, MLP, ATTENTION))
     loss = _head_time(outline, batch, device, dtype, head) if batch.labelled else 0.0
     # Whatever the clock says, making something again is never free: what fits is kept, in every run.
     least = _LEAST * forward

@@ -17,7 +17,7 @@ from gazelle.models.context import fit_context
 from gazelle.models.load import load_config, load_tokenizer
 from gazelle.models.outline import meta_model
 from gazelle.models.swap import accelerate, explain, runs_on_engine
-from gazelle.train.config import SFTConfig
+from gazelle.train.config import SFTConfig, optimizer_name
 from gazelle.train.memory import largest_batch
 from gazelle.train.plan import RunPlan, asked_checkpointing, plan_outline
 from gazelle.train.prepare import encode_rows
@@ -64,7 +64,7 @@ def plan_model(model_name: str, *, tokens_a_row: int | None = None, rows: int = 
         model = FastLanguageModel.get_peft_model(model, r=r, target_modules=target_modules)
     stored = _stored(place, four=load_in_4bit, eight=load_in_8bit, full=full_finetuning)
     batch = Batch(rows * length, rows * length, length)
-    return plan_outline(model, batch, place, optim=_optimizer(settings), precision=precision, stored=stored,
+    return plan_outline(model, batch, place, optim=optimizer_name(settings), precision=precision, stored=stored,
                         budget=budget, checkpointing=checkpointing)
 
 
@@ -92,13 +92,9 @@ def check_budget(recipe: Recipe, rows: Loaded) -> None:
     encoded = cast(Encoded, encode_rows(tokenizer, config.model_type, settings, rows, None).train)
     tokens, labelled = largest_batch(encoded, settings, packed=True)
     plan_outline(model, Batch(tokens, labelled, min(tokens, settings.max_length)), place,
-                 optim=_optimizer(settings), precision=settings.precision,
+                 optim=optimizer_name(settings), precision=settings.precision,
                  stored=_stored(place, four=asked.load_in_4bit, eight=asked.load_in_8bit, full=full),
                  budget=settings.memory_budget, checkpointing=asked_checkpointing(model, settings), measured=False)
-
-
-def _optimizer(settings: SFTConfig) -> str:
-    return str(getattr(settings.optim, "value", settings.optim))
 
 
 def _without_weights(config: Any, place: torch.device) -> Any:

@@ -4,26 +4,15 @@ Shapes: N outputs and K inputs of all weights in the matrix, R adapter columns; 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from gazelle.kernels.dispatch import use_triton
+from gazelle.kernels.factors import Factors
 
 
-@dataclass(frozen=True)
-class Filling:
-    """One adapter: `a` [r, K] and `b` [n, r], its scale, its rows of N and columns of R."""
-
-    a: Tensor
-    b: Tensor
-    scale: float
-    rows: slice
-    columns: slice
-
-
-def fill_borders(matrix: Tensor, parts: Sequence[Filling], inputs: int, border: int) -> None:
+def fill_borders(matrix: Tensor, parts: Sequence[Factors], inputs: int, border: int) -> None:
     """Write the adapters' part of W̃ = [[W, sB], [A, 0]], zeros beside it included.
 
     Args:

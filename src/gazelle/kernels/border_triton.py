@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gazelle.kernels.border import Filling
+from gazelle.kernels.factors import Factors
 
 _COLUMNS = 1024  # of A, a program
 _ROWS = 64  # of B, a program
@@ -53,13 +53,13 @@ def _fill(matrix, a0, a1, a2, b0, b1, b2, s0, s1, s2, row0, row1, row2, n0, n1, 
                   COLUMNS, ROWS, BORDER)
 
 
-def fill_borders(matrix: Tensor, parts: Sequence[Filling], inputs: int, border: int) -> None:
+def fill_borders(matrix: Tensor, parts: Sequence[Factors], inputs: int, border: int) -> None:
     """See `kernels.border.fill_borders`."""
     for at in range(0, len(parts), _PARTS):
         _fill_some(matrix, parts[at : at + _PARTS], inputs, border, last=at + _PARTS >= len(parts))
 
 
-def _fill_some(matrix: Tensor, parts: Sequence[Filling], inputs: int, border: int, *, last: bool) -> None:
+def _fill_some(matrix: Tensor, parts: Sequence[Factors], inputs: int, border: int, *, last: bool) -> None:
     # The columns behind the last adapter's are nobody's: their rows of A are zero.
     a_rows = [part.b.shape[1] for part in parts]
     if last:

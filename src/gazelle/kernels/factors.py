@@ -17,7 +17,7 @@ MOST_PARTS = 3  # of a projection: queries, keys and values
 
 @dataclass(frozen=True)
 class Factors:
-    """One adapter: the gradients of its `a` [r, K] and `b` [n, r], its scale, its rows of N and columns of R."""
+    """One adapter: `a` [r, K] and `b` [n, r], or their gradients; its scale, its rows of N and columns of R."""
 
     a: Tensor
     b: Tensor

@@ -9,6 +9,7 @@ from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
+from gazelle.adapters.lora import CHECKPOINTING
 from gazelle.base.device import default_device
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import say_once
@@ -43,7 +44,6 @@ DROPPED = {
 }
 
 
-CHECKPOINTING = (True, False, "auto", "offload", "unsloth")
 # Options whose values are never written down.
 SECRETS = ("hub_token", "push_to_hub_token")
 # Paging moves optimizer state between a GPU and its host; on a CPU there is nothing to page.
@@ -139,7 +139,7 @@ def fit_to_cpu(config: Any) -> None:
     if config.fp16 or config.bf16:
         say_once(f"{'fp16' if config.fp16 else 'bf16'}=True needs a GPU; training in float32")
         config.fp16 = config.bf16 = False
-    if unpaged := UNPAGED.get(getattr(config.optim, "value", config.optim)):
+    if unpaged := UNPAGED.get(optimizer_name(config)):
         say_once(f"a paged optimizer needs a GPU; training with {unpaged}")
         config.optim = unpaged
     config.dataloader_pin_memory = False
@@ -239,3 +239,8 @@ def _check(name: str, value: object, expected: str, accepts: Any) -> None:
     if isinstance(value, bool) or not accepts(value):
         raise OptionError("a training option has a value that cannot be used", where=name, found=repr(value),
                           expected=expected, fix=f"set {name} to {expected}")
+
+
+def optimizer_name(config: TrainingArguments) -> str:
+    """The optimizer's name, which transformers may have made a member of its enumeration."""
+    return str(getattr(config.optim, "value", config.optim))

@@ -24,7 +24,7 @@ from gazelle.models.host_embedding import embedding_on_host
 from gazelle.models.outline import outline_of
 from gazelle.models.streamed import can_stream, weights_streamed
 from gazelle.models.swap import runs_on_engine, swapped_layers
-from gazelle.train.config import SFTConfig
+from gazelle.train.config import SFTConfig, optimizer_name
 from gazelle.train.memory import largest_batch
 from gazelle.train.stopwatch import Stopwatch
 
@@ -205,7 +205,7 @@ def plan_run(model: Any, rows: Encoded, config: SFTConfig, *, packed: bool) -> R
         return None
     tokens, labelled = largest_batch(rows, config, packed=packed)
     batch = Batch(tokens, labelled, min(tokens, config.max_length or tokens, max(map(_length, rows.examples))))
-    made = plan_outline(model, batch, unwrap(model).device, optim=str(getattr(config.optim, "value", config.optim)),
+    made = plan_outline(model, batch, unwrap(model).device, optim=optimizer_name(config),
                         precision=config.precision, budget=config.memory_budget,
                         checkpointing=asked_checkpointing(model, config))
     if any(keep != KEEP for keep in made.plan.keeps) or made.plan.streamed:

@@ -34,7 +34,7 @@ from gazelle.models.packed import packed_attention_on, supports_packing
 from gazelle.models.record import record_base
 from gazelle.models.special_tokens import stop_at_end_of_turn
 from gazelle.models.swap import accelerate
-from gazelle.train.config import with_options
+from gazelle.train.config import optimizer_name, with_options
 from gazelle.train.dataset import Bins, Collator, DictRows, make_bins
 from gazelle.train.finite import FiniteGradients
 from gazelle.train.loss import batch_loss, loss_sums
@@ -228,7 +228,7 @@ class SFTTrainer(Trainer):
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As the base class does; trained parameters lie end to end where the optimizer takes numbers one by one."""
         target = self.model if model is None else model
-        name = getattr(self.args.optim, "value", self.args.optim)
+        name = optimizer_name(self.args)
         if self.optimizer is None and self.args.world_size == 1 and can_flatten(target, name):
             decayed = self.get_decay_parameter_names(target)
             flats, groups = flatten(target, decayed, self.args.weight_decay)
