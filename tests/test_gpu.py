@@ -96,3 +96,28 @@ def test_eight_bit_optimizers_and_checkpointing(checkpoint: Path, tmp_path: Path
 def test_one_seed_gives_one_run(checkpoint: Path, tmp_path: Path) -> None:
     runs = [train(checkpoint, tmp_path / str(number), steps=10, load_in_4bit=True)[2] for number in range(2)]
     assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("loading", [{"load_in_4bit": False}, {"load_in_4bit": True}], ids=["bf16", "nf4"])
+@pytest.mark.parametrize("precision", ["auto", "fp8"])
+def test_recorded_steps_train_as_others_with_evaluation_in_between(loading: dict[str, Any], precision: str,
+                                                                   checkpoint: Path, tmp_path: Path) -> None:
+    if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("needs fp8")
+    options = {"precision": precision, "packing": True, "gradient_accumulation_steps": 2, "eval_strategy": "steps",
+               "eval_steps": 3, "per_device_train_batch_size": 1}
+    runs = []
+    for recorded in (True, False):
+        model, tokenizer = FastLanguageModel.from_pretrained(str(checkpoint), max_seq_length=256, **loading)
+        model = FastLanguageModel.get_peft_model(model, r=8)
+        args = SFTConfig(output_dir=str(tmp_path / str(recorded)), max_steps=12, learning_rate=5e-3, report=False,
+                         save_strategy="no", disable_tqdm=True, logging_steps=1, step_graph=recorded, **options)
+        trainer = SFTTrainer(model, args, ROWS, eval_dataset=ROWS[:5], processing_class=tokenizer)
+        trainer.train()
+        if recorded:
+            assert trainer._step.graph.replayed > 0
+            assert trainer._step.graph.reason is None
+        runs.append([entry.get("loss", entry.get("eval_loss")) for entry in trainer.state.log_history])
+    # Recorded batches are rounded up to a common size, so their sums round otherwise.
+    assert runs[0] == pytest.approx(runs[1], rel=1e-5)
+    assert runs[0][-2] < 0.8 * runs[0][0]

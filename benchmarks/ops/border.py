@@ -19,26 +19,24 @@ SHAPES = (("8B qkv", (4096, 1024, 1024), 4096), ("8B gate and up", (14336, 14336
 BORDER = 64
 
 
-def by_slices(matrix: Tensor, parts: list[Factors], inputs: int, border: int) -> None:
+def by_slices(a: Tensor, b: Tensor, parts: list[Factors]) -> None:
     """`fill_borders` in plain PyTorch."""
-    outputs = matrix.shape[0] - border
-    matrix[outputs:, :inputs] = 0
-    matrix[:outputs, inputs:] = 0
+    a[:], b[:] = 0, 0
     for part in parts:
-        first, end = part.columns.start, part.columns.stop
-        matrix[outputs + first : outputs + end, :inputs] = part.a
-        matrix[part.rows, inputs + first : inputs + end] = part.b * part.scale
+        a[part.columns] = part.a
+        b[part.rows, part.columns] = part.b * part.scale
 
 
 def cases() -> Iterator[dict[str, Any]]:
     """{"op", "case", "ms", "gb_s"}."""
     for name, parts, K in SHAPES:
-        matrix = random(sum(parts) + BORDER, K + BORDER)
+        N = sum(parts)
+        matrix = random(N + BORDER, K + BORDER)
         found = adapters(parts, K)
         size = sum(part.a.nbytes + part.b.nbytes for part in found)
-        size += (BORDER * K + sum(parts) * BORDER) * DTYPE.itemsize
+        size += (BORDER * K + N * BORDER) * DTYPE.itemsize
         for label, one in (("gazelle", fill_borders), ("eager", by_slices)):
-            yield case("border", f"{name}, {label}", size, one, matrix, found, K, BORDER)
+            yield case("border", f"{name}, {label}", size, one, matrix[N:, :K], matrix[:N, K:], found)
 
 
 if __name__ == "__main__":

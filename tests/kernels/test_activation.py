@@ -6,6 +6,7 @@ from torch.nn import functional
 from transformers.activations import ACT2FN
 
 from gazelle.kernels import activation, activation_triton
+from gazelle.kernels.factors import Factors
 
 CUDA = torch.cuda.is_available()
 WAYS = [pytest.param(activation, "cpu", id="reference"),
@@ -123,3 +124,36 @@ def test_equals_hugging_face(op, device, kind, name):
     close(op, op.gated(gate_up, kind), want.detach().double().cpu())
     grad = torch.autograd.grad(want, leaf, dh)[0]
     close(op, op.gated_backward(gate_up, dh, kind, gate_up), grad.double().cpu())
+
+
+# (rows of 2F and columns of each adapter of gate and up), columns of down's, T, F
+LAYOUTS = [([("gate", 0, 4), ("up", 4, 7)], 5, 70, 37), ([("up", 0, 3)], 16, 300, 150), ([("both", 0, 6)], 2, 33, 128),
+           ([("gate", 0, 16)], 1, 5, 9)]
+
+
+@pytest.mark.parametrize(("op", "device"), WAYS)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("adapters", "columns", "T", "F"), LAYOUTS)
+def test_backward_with_sums(op, device, kind, dtype, adapters, columns, T, F):
+    """The same gradients in place, and the products that gradients of LoRA factors are made of."""
+    if op is activation_triton and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies no bfloat16")
+    gate_up, dh = inputs((T, F), dtype, device)
+    generator = torch.Generator().manual_seed(1)
+    z, dz = (torch.randn(T, width, generator=generator).to(device, dtype)[:, :-3] for width in (20, columns + 9))
+    spans = {"gate": slice(0, F), "up": slice(F, 2 * F), "both": slice(0, 2 * F)}
+    parts = []
+    for name, first, end in adapters:
+        n, r = spans[name].stop - spans[name].start, end - first
+        parts.append(Factors(torch.empty(r, 1), torch.empty(n, r), 2.0, spans[name], slice(first, end)))
+    want, h = torch.empty_like(gate_up), torch.empty_like(dh)
+    op.gated_backward(gate_up, dh, kind, want, h)
+    of_a, of_b = op.gated_backward_sums(gate_up, dh, kind, z, dz, parts, columns)
+    assert torch.equal(gate_up, want)
+    assert of_a.dtype == of_b.dtype == torch.float32
+    tolerance = {"rtol": 1e-4, "atol": 2e-5 * T}
+    torch.testing.assert_close(of_a.double().sum(0), dz[:, :columns].double().t() @ h.double(), **tolerance)
+    for part in parts:
+        exact_b = want[:, part.rows].double().t() @ z[:, part.columns].double()
+        torch.testing.assert_close(of_b.double().sum(0)[part.rows, : part.a.shape[0]], exact_b, **tolerance)

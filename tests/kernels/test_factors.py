@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gazelle.kernels import factors, factors_triton
-from gazelle.kernels.factors import Factors, Normed
+from gazelle.kernels.factors import Factors, Normed, Sums
 from gazelle.kernels.norm import rms_norm
 
 CUDA = torch.cuda.is_available()
@@ -51,6 +51,32 @@ def test_each_part_gets_its_own(op, device, parts, inputs, border, tokens, norme
             column += r
         row += n
     op.add_factor_gradients(dy, x, z, dz, targets)
+    for part, (a, b) in zip(targets, expected, strict=True):
+        torch.testing.assert_close(part.a.double(), a, rtol=1e-5, atol=1e-6 * tokens)
+        torch.testing.assert_close(part.b.double(), b, rtol=1e-5, atol=1e-6 * tokens)
+
+
+@pytest.mark.parametrize(("op", "device"), WAYS)
+@pytest.mark.parametrize("given", ["a", "b", "both"])
+@pytest.mark.parametrize(("parts", "inputs", "border", "tokens"), [case for case in CASES if case[0][0][1] is not None])
+def test_sums_made_elsewhere(op, device, parts, inputs, border, tokens, given):
+    """In three pieces. What they stand for is not read."""
+    generator = torch.Generator().manual_seed(0)
+    outputs, ranks, widest = sum(n for n, _ in parts), sum(r for _, r in parts), max(r for _, r in parts)
+    dy, x, z, dz = (random(generator, device, tokens, size) for size in (outputs, inputs, border, border))
+    of_a, of_b = (random(generator, device, 3, *shape) for shape in ((ranks, inputs), (outputs, widest)))
+    sums = Sums(of_a if given != "b" else None, of_b if given != "a" else None)
+    targets, expected = [], []
+    row = column = 0
+    for n, r in parts:
+        rows, columns = slice(row, row + n), slice(column, column + r)
+        part = Factors(random(generator, device, r, inputs), random(generator, device, n, r), 0.5, rows, columns)
+        a = dz[:, columns].double().t() @ x.double() if given == "b" else of_a.double().sum(0)[columns]
+        b = dy[:, rows].double().t() @ z[:, columns].double() if given == "a" else of_b.double().sum(0)[rows, :r]
+        expected.append((part.a.double() + a, part.b.double() + 0.5 * b))
+        targets.append(part)
+        row, column = row + n, column + r
+    op.add_factor_gradients(dy, x if given == "b" else None, z, dz, targets, sums)
     for part, (a, b) in zip(targets, expected, strict=True):
         torch.testing.assert_close(part.a.double(), a, rtol=1e-5, atol=1e-6 * tokens)
         torch.testing.assert_close(part.b.double(), b, rtol=1e-5, atol=1e-6 * tokens)

@@ -63,7 +63,9 @@ def footprint(layer: LayerOutline, keep: Keep, T: int, itemsize: int) -> Footpri
         fixed += attended
     if not (keep.attention or keep.mlp):
         fixed += stream
-    mlp = max(2 * inner, entry) + branch + (0 if keep.mlp else gate_up + (branch if spec.post_norms else 0))
+    mlp = max(inner if layer.sums else 2 * inner, entry) + branch
+    if not keep.mlp:
+        mlp += gate_up + (branch if spec.post_norms else 0)
     # dout, then dq, dk, dv with what they become before the projection, or dn
     attention = T * itemsize * (Q + 2 * (spec.qkv_size + R_qkv) + H)
     return Footprint(kept, forward, fixed + max(mlp, attention))

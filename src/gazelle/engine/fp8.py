@@ -15,6 +15,7 @@ from gazelle.base.errors import OptionError
 from gazelle.engine.linear import Bordered, Linear, Projection
 from gazelle.engine.scratch import Scratch
 from gazelle.kernels.fp8 import fp8_supported, quantize_rows, scaled_mm
+from gazelle.kernels.low_rank import add_low_rank
 
 
 def check_fp8(device: torch.device) -> None:
@@ -42,17 +43,16 @@ class Fp8Projection(Projection):
     """A `Projection` of frozen weights that computes in fp8."""
 
     _scales: Tensor | None = None
+    _ones: Tensor
 
     def matrix(self, again: bool = False) -> Bordered:
         """The adapters as they are now, and the scales of the weights."""
         if self._scales is None:
             self._scales = torch.cat([part.weight.row_scales() for part in self.parts])
-        a = torch.zeros(self.R, self.K, dtype=self.dtype, device=self.device)
-        b = torch.zeros(self.N, self.R, dtype=self.dtype, device=self.device)
-        for part, (rows, columns) in zip(self.parts, self.spans, strict=True):
-            if part.adapter is not None:
-                a[columns] = part.adapter.a.detach().to(self.dtype)
-                b[rows, columns] = (part.adapter.b.detach() * part.adapter.scale).to(self.dtype)
+            self._ones = torch.ones(self.K, device=self.device)
+        a = torch.empty(self.R, self.K, dtype=self.dtype, device=self.device)
+        b = torch.empty(self.N, self.R, dtype=self.dtype, device=self.device)
+        self._fill_border(a, b)
         return Fp8Bordered(a.new_empty(0), a, b, self._scales)
 
     def _product(self, x: Tensor, W: Any, out: Tensor | None, residual: Tensor | None) -> Tensor:
@@ -62,7 +62,7 @@ class Fp8Projection(Projection):
             part.weight.write_fp8(weight[rows], W.scales[rows])
         y = scaled_mm(inner, weight, scale, W.scales, self.dtype)
         if self.R:
-            y = torch.addmm(y, x[:, self.K :], W.b.t(), out=y)
+            return add_low_rank(y, x[:, self.K :], W.b, residual, out)
         if residual is not None:
             y += residual
         return y if out is None else out.copy_(y)
@@ -72,8 +72,8 @@ class Fp8Projection(Projection):
         weight = self._eight_bits(self.K, self.N)
         for part, (rows, _) in zip(self.parts, self.spans, strict=True):
             part.weight.write_fp8_transposed(weight[:, rows], W.scales[rows])
-        dx = scaled_mm(inner, weight, scale, torch.ones(self.K, device=dy.device), self.dtype)
-        return torch.addmm(dx, dy[:, self.N :], W.a, out=dx) if self.R else dx
+        dx = scaled_mm(inner, weight, scale, self._ones, self.dtype)
+        return add_low_rank(dx, dy[:, self.N :], W.a.t()) if self.R else dx
 
     def _eight_bits(self, rows: int, columns: int) -> Tensor:
         return self.scratch.matrix(rows, columns, torch.float8_e4m3fn, self.device, self.slot)

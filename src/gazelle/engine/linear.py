@@ -16,8 +16,8 @@ from torch import Tensor
 
 from gazelle.engine.dropout import dropped
 from gazelle.engine.scratch import Scratch
-from gazelle.kernels.border import clear_border, fill_borders
-from gazelle.kernels.factors import MOST_PARTS, Factors, Normed, add_factor_gradients
+from gazelle.kernels.border import fill_borders
+from gazelle.kernels.factors import MOST_PARTS, NO_SUMS, Factors, Normed, Sums, add_factor_gradients
 from gazelle.quantize.storage import Dense, Storage
 
 # Adapter columns are padded to this many: rows of 16-bit matrices that begin on 128-byte boundaries multiply faster.
@@ -107,6 +107,11 @@ class Projection:
         if all(isinstance(part.weight, Dense) and part.weight.dtype == dtype for part in parts):
             self.kept = self._lay_side_by_side()
 
+    @property
+    def trains_weights(self) -> bool:
+        """True if not only adapters and biases are trained."""
+        return any(part.trainable_weight is not None for part in self.parts)
+
     def trainable(self) -> Iterator[Tensor]:
         """Every trained tensor of the parts."""
         for part in self.parts:
@@ -135,18 +140,21 @@ class Projection:
             matrix = self.scratch.matrix(self.N + self.R, self.K + self.R, self.dtype, self.device, self.slot)
             for part, (rows, _) in zip(self.parts, self.spans, strict=True):
                 part.weight.write(matrix[rows, : self.K])
-        if self.R and not (again and matrix is self.kept):
-            self._fill_border(matrix)
-        return Bordered(matrix, matrix[self.N :, : self.K], matrix[: self.N, self.K :])
+        a, b = matrix[self.N :, : self.K], matrix[: self.N, self.K :]
+        if not (again and matrix is self.kept):
+            self._fill_border(a, b)
+        return Bordered(matrix, a, b)
 
-    def _fill_border(self, matrix: Tensor) -> None:
+    def _fill_border(self, a: Tensor, b: Tensor) -> None:
+        """The adapters as they are now: a [R, K] and b [N, R]."""
         fillings = []
         for part, (rows, columns) in zip(self.parts, self.spans, strict=True):
-            if (adapter := part.adapter) is None:
-                clear_border(matrix, rows, self.K)
-            else:
+            if (adapter := part.adapter) is not None:
                 fillings.append(Factors(adapter.a.detach(), adapter.b.detach(), adapter.scale, rows, columns))
-        fill_borders(matrix, fillings, self.K, self.R)
+            elif self.R:
+                b[rows].zero_()
+        if fillings:
+            fill_borders(a, b, fillings)
 
     def forward(self, x: Tensor, W: Bordered, out: Tensor | None = None, residual: Tensor | None = None,
                 seed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -206,36 +214,38 @@ class Projection:
         """[dy, dz]·[[W], [A]]."""
         return dy @ W.whole[:, : self.K]
 
-    def parameter_gradients(self, dy: Tensor, x: Tensor | Normed, W: Bordered, z: Tensor | None, grads: Gradients,
-                            seed: Tensor | None = None) -> None:
+    def parameter_gradients(self, dy: Tensor, x: Tensor | Normed | None, W: Bordered, z: Tensor | None,
+                            grads: Gradients, seed: Tensor | None = None, sums: Sums = NO_SUMS) -> None:
         """Gradients of what is trained, added to `grads`.
 
         Args:
             dy: [T, N + R] as `input_gradient` left it.
-            x: [T, K], the input.
+            x: [T, K], the input; None if `sums.a` is there.
             W, seed: as in `forward`.
             z: [T, R] from `forward`, or None to compute it again.
             grads: where they go.
+            sums: what is summed up already, if `targets` gave any.
         """
         inner, dz = dy[:, : self.N], dy[:, self.N :]
-        targets = None if seed is not None and self.has_dropout else self._targets(grads)
-        if isinstance(x, Normed) and (targets is None or any(part.trainable_weight is not None for part in self.parts)):
+        targets = self.targets(grads, seed)
+        if isinstance(x, Normed) and (targets is None or self.trains_weights):
             x = x.made()
         if isinstance(x, Tensor):
             self._weight_gradients(inner, x, grads)
         self._bias_gradients(inner, grads)
         if not self.R:
             return
-        if z is None:
+        if z is None and x is not None:
             z = self._down(x if isinstance(x, Tensor) else x.made(), W.a, seed)
-        if targets:
-            add_factor_gradients(inner, x, z, dz, targets)
-        elif isinstance(x, Tensor):
+        if targets and z is not None:
+            add_factor_gradients(inner, x, z, dz, targets, sums)
+        elif isinstance(x, Tensor) and z is not None:
             self._factor_gradients(inner, x, z, dz, grads, seed)
 
-    def _targets(self, grads: Gradients) -> list[Factors] | None:
+    def targets(self, grads: Gradients, seed: Tensor | None = None) -> list[Factors] | None:
         """Where the gradients of all adapters are gathered, if they are to be added there by a kernel."""
-        if not grads.in_place or self.device.type == "cpu" or self.dtype not in _HALVES or len(self.parts) > MOST_PARTS:
+        if not grads.in_place or self.device.type == "cpu" or self.dtype not in _HALVES \
+                or len(self.parts) > MOST_PARTS or (seed is not None and self.has_dropout):
             return None
         found = []
         for part, (rows, columns) in zip(self.parts, self.spans, strict=True):

@@ -19,6 +19,7 @@ class LayerOutline:
         scratch: each projection's matrix W̃ once it is dequantised; 0 for one that is kept so.
         gradients: of what is trained in it.
         storage: how most of its weights are kept: "nf4", "int8" or "dense".
+        sums: what the gradients of the MLP's adapters need of h is summed where h is made, which is kept nowhere.
     """
 
     spec: DecoderSpec
@@ -27,6 +28,7 @@ class LayerOutline:
     scratch: tuple[int, int, int, int]
     gradients: int
     storage: str
+    sums: bool = False
 
     def matrices(self, itemsize: int) -> tuple[int, int, int, int]:
         """Each projection's matrix W̃ in the type of computation."""

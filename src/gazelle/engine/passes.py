@@ -15,9 +15,9 @@ from gazelle.engine.layer import Call, Layer
 from gazelle.engine.linear import Bordered, Gradients, Projection
 from gazelle.engine.offload import Parked, park, settle
 from gazelle.engine.spec import DecoderSpec
-from gazelle.kernels.activation import gated, gated_backward
+from gazelle.kernels.activation import MOST_RANKS, gated, gated_backward, gated_backward_sums
 from gazelle.kernels.attention import Rows, attention
-from gazelle.kernels.factors import Normed
+from gazelle.kernels.factors import NO_SUMS, Normed, Sums
 from gazelle.kernels.norm import rms_norm, rms_norm_backward, rms_norm_weight_grad
 from gazelle.kernels.rotary import rotate_, rotate_into
 
@@ -266,20 +266,39 @@ class Pass:
         gate_up = expanded.gate_up
         W_down = layer.down.matrix(again=True)
         if layer.norms.after_mlp is not None and expanded.branch is None:
-            h = layer.down.input(T)
-            gated(gate_up[:, : layer.gate_up.N], spec.activation, out=h[:, : spec.intermediate])
-            expanded.branch, _ = layer.down.forward(h, W_down, seed=call.seed(3))
+            entry = layer.down.input(T)
+            gated(gate_up[:, : layer.gate_up.N], spec.activation, out=entry[:, : spec.intermediate])
+            expanded.branch, _ = layer.down.forward(entry, W_down, seed=call.seed(3))
+            del entry
         d = self._branch_gradient(stream, layer.down, layer.norms.after_mlp, expanded.branch, grads)
         dh = layer.down.input_gradient(d, W_down, call.seed(3))
-        h = torch.empty_like(dh)
         pair = gate_up[:, : layer.gate_up.N]
-        gated_backward(pair, dh, spec.activation, pair, h)
-        layer.down.parameter_gradients(d, h, W_down, z_down, grads, call.seed(3))
+        h: Tensor | None = None
+        if (sums := self._summed_with_activation(pair, dh, expanded.z, d[:, layer.down.N :], grads)) is None:
+            h = torch.empty_like(dh)
+            gated_backward(pair, dh, spec.activation, pair, h)
+        of_down, of_gate_up = sums or (NO_SUMS, NO_SUMS)
+        layer.down.parameter_gradients(d, h, W_down, z_down, grads, call.seed(3), of_down)
         del h, dh
         dn = layer.gate_up.input_gradient(gate_up, W, call.seed(2))
         normed = Normed(mid, layer.norms.mlp, spec.eps, spec.norm_offset, expanded.rstd)
-        layer.gate_up.parameter_gradients(gate_up, normed, W, expanded.z, grads, call.seed(2))
+        layer.gate_up.parameter_gradients(gate_up, normed, W, expanded.z, grads, call.seed(2), of_gate_up)
         self._norm_backward(dn, normed, stream, grads)
+
+    def _summed_with_activation(self, pair: Tensor, dh: Tensor, z: Tensor | None, dz_down: Tensor,
+                                grads: Gradients) -> tuple[Sums, Sums] | None:
+        """The activation's backward pass in place, with the sums over h for the factors of down and over its result for
+        those of gate and up. None if not all of these are to be had at once: then nothing has been done.
+        """
+        layer, call = self.layer, self.call
+        of_down, of_gate_up = layer.down.targets(grads, call.seed(3)), layer.gate_up.targets(grads, call.seed(2))
+        if z is None or not of_down or not of_gate_up or layer.down.trains_weights:
+            return None
+        columns = of_down[-1].columns.stop
+        if max(columns, *(part.a.shape[0] for part in of_gate_up)) > MOST_RANKS:
+            return None
+        a, b = gated_backward_sums(pair, dh, layer.spec.activation, z, dz_down, of_gate_up, columns)
+        return Sums(a=a), Sums(b=b)
 
     def _attention_backward(self, stream: Tensor, x: Tensor, attended: Attended, grads: Gradients, *,
                             wants_input: bool) -> None:

@@ -79,7 +79,7 @@ class _Runner:
             way = Pass(self.layer, self.call)
             way.forward_keeping(self.x)
             if backward:
-                way.backward(self.dy, Gradients(self.layer.trainable), wants_input=True)
+                way.backward(self.dy, Gradients(self.layer.trainable, in_place=True), wants_input=True)
 
         with torch.no_grad():
             return best_time(run, self.device)
@@ -145,6 +145,7 @@ def _random_layer(kind: LayerOutline, device: torch.device, dtype: torch.dtype, 
         adapter = None
         if R:
             a, b = (torch.randn(shape, device=device).mul_(0.01).requires_grad_() for shape in ((R, K), (N, R)))
+            a.grad, b.grad = torch.zeros_like(a), torch.zeros_like(b)  # gathered there, as in training
             adapter = Adapter(a, b, 1.0)
         weight = _random_weight(kind.storage, N, K, device, dtype)
         if kind.gradients and not R and isinstance(weight, Dense):

@@ -4,14 +4,17 @@ Shapes: T tokens, F intermediate; gate and up lie side by side in [T, 2F].
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from gazelle.kernels.dispatch import use_triton
+from gazelle.kernels.factors import Factors
 
 KINDS = ("silu", "gelu_tanh", "gelu")
+MOST_RANKS = 64  # adapter columns that `gated_backward_sums` takes
 
 
 def gated(gate_up: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
@@ -53,6 +56,33 @@ def gated_backward(gate_up: Tensor, dh: Tensor, kind: str, d_gate_up: Tensor, h:
     d_up.copy_(act.mul_(d))
     d_gate.copy_(slope)
     return d_gate_up
+
+
+def gated_backward_sums(gate_up: Tensor, dh: Tensor, kind: str, z: Tensor, dz: Tensor, parts: Sequence[Factors],
+                        columns: int) -> tuple[Tensor, Tensor]:
+    """`gated_backward` in place, with what gradients of LoRA factors need of h and of its own result: for
+    `kernels.factors.Sums`, without going through either of them again.
+
+    Args:
+        gate_up, dh, kind: as there.
+        z: [T, R] of the projection that gave gate and up. dz: [T, R] of the one that takes h.
+        parts: adapters of the former.
+        columns: how many columns of dz belong to adapters; at most `MOST_RANKS`, as the columns of each of `parts`.
+
+    Returns:
+        dzᵀh [pieces, columns, F], and (d gate_up)ᵀz of each adapter [pieces, 2F, columns of the widest].
+    """
+    if use_triton(gate_up):
+        from gazelle.kernels import activation_triton
+
+        return activation_triton.gated_backward_sums(gate_up, dh, kind, z, dz, parts, columns)
+    h = torch.empty_like(dh)
+    gated_backward(gate_up, dh, kind, gate_up, h)
+    wide = torch.promote_types(dh.dtype, torch.float32)
+    of_b = torch.zeros(1, gate_up.shape[1], max(part.a.shape[0] for part in parts), dtype=wide, device=dh.device)
+    for part in parts:
+        of_b[0, part.rows, : part.a.shape[0]] = gate_up[:, part.rows].to(wide).t() @ z[:, part.columns].to(wide)
+    return (dz[:, :columns].to(wide).t() @ h.to(wide))[None], of_b
 
 
 def _act(gate: Tensor, kind: str) -> Tensor:

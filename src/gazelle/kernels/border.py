@@ -1,4 +1,4 @@
-"""LoRA factors written into the border of a weight matrix.
+"""LoRA factors written into the border of a weight matrix, W̃ = [[W, sB], [A, 0]].
 
 Shapes: N outputs and K inputs of all weights in the matrix, R adapter columns; n, r of one weight and its adapter.
 """
@@ -12,34 +12,26 @@ from gazelle.kernels.dispatch import use_triton
 from gazelle.kernels.factors import Factors
 
 
-def fill_borders(matrix: Tensor, parts: Sequence[Factors], inputs: int, border: int) -> None:
-    """Write the adapters' part of W̃ = [[W, sB], [A, 0]], zeros beside it included.
+def fill_borders(a: Tensor, b: Tensor, parts: Sequence[Factors]) -> None:
+    """Write all adapters side by side, zeros beside them included. Rows of weights without an adapter stay as they are.
 
     Args:
-        matrix: W̃ [N + R, K + R].
+        a: [R, K], for the parts' `a`. b: [N, R], for their `b` times its scale. Rows of either may lie apart.
         parts: at least one, their columns in order and without gaps.
-        inputs: K.
-        border: R.
     """
-    if use_triton(matrix):
+    if use_triton(a):
         from gazelle.kernels import border_triton
 
-        border_triton.fill_borders(matrix, parts, inputs, border)
+        border_triton.fill_borders(a, b, parts)
         return
-    outputs = matrix.shape[0] - border
     for part in parts:
         columns = part.columns
-        matrix[outputs + columns.start : outputs + columns.stop, :inputs].copy_(part.a)
-        strip = matrix[part.rows, inputs:]
+        a[columns].copy_(part.a)
+        strip = b[part.rows]
         strip[:, : columns.start].zero_()
         strip[:, columns.stop :].zero_()
-        if part.b.dtype == matrix.dtype:
+        if part.b.dtype == b.dtype:
             torch.mul(part.b, part.scale, out=strip[:, columns])
         else:
-            strip[:, columns].copy_(part.b.to(torch.promote_types(part.b.dtype, matrix.dtype)) * part.scale)
-    matrix[outputs + parts[-1].columns.stop :, :inputs].zero_()
-
-
-def clear_border(matrix: Tensor, rows: slice, inputs: int) -> None:
-    """The same for a weight without an adapter."""
-    matrix[rows, inputs:].zero_()
+            strip[:, columns].copy_(part.b.to(torch.promote_types(part.b.dtype, b.dtype)) * part.scale)
+    a[parts[-1].columns.stop :].zero_()

@@ -47,20 +47,40 @@ class Normed:
         return rms_norm(self.x, self.weight, self.eps, self.offset)[0]
 
 
-def add_factor_gradients(dy: Tensor, x: Tensor | Normed, z: Tensor, dz: Tensor, parts: Sequence[Factors]) -> None:
+@dataclass(frozen=True)
+class Sums:
+    """Products that were summed over pieces of the tokens already, in float32: dzᵀx [pieces, columns of all adapters,
+    K], and dyᵀz [pieces, N, columns of the widest adapter].
+    """
+
+    a: Tensor | None = None
+    b: Tensor | None = None
+
+
+NO_SUMS = Sums()
+
+
+def add_factor_gradients(dy: Tensor, x: Tensor | Normed | None, z: Tensor, dz: Tensor, parts: Sequence[Factors],
+                         sums: Sums = NO_SUMS) -> None:
     """Add dzᵀx to each part's `a`, and scale · dyᵀz to its `b`: sums in float32, the same in every run.
 
     Args:
         dy: [T, N]. x: [T, K]. z = xAᵀ and dz = s·dyB: [T, R]. Rows may lie apart.
         parts: at most `MOST_PARTS`, their tensors contiguous and of one type.
+        sums: what need not be summed here; with `sums.a`, x may be None.
     """
     if use_triton(dy):
         from gazelle.kernels import factors_triton
 
-        factors_triton.add_factor_gradients(dy, x, z, dz, parts)
+        factors_triton.add_factor_gradients(dy, x, z, dz, parts, sums)
         return
     wide = torch.promote_types(dy.dtype, torch.float32)
-    inner = (x.made() if isinstance(x, Normed) else x).to(wide)
+    inner = x.made() if isinstance(x, Normed) else x
     for part in parts:
-        part.a.add_(dz[:, part.columns].to(wide).t() @ inner)
-        part.b.add_(dy[:, part.rows].to(wide).t() @ z[:, part.columns].to(wide), alpha=part.scale)
+        if sums.a is not None:
+            part.a.add_(sums.a.sum(0)[part.columns])
+        elif inner is not None:
+            part.a.add_(dz[:, part.columns].to(wide).t() @ inner.to(wide))
+        summed = dy[:, part.rows].to(wide).t() @ z[:, part.columns].to(wide) if sums.b is None \
+            else sums.b.sum(0)[part.rows, : part.a.shape[0]]
+        part.b.add_(summed, alpha=part.scale)

@@ -10,12 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gazelle.kernels.factors import MOST_PARTS, Factors, Normed
+from gazelle.kernels.factors import MOST_PARTS, NO_SUMS, Factors, Normed, Sums
 
 _TOKENS = 64  # of a step of the sum
 _BLOCK = 64  # columns of x or dy, a program
 _RANKS = 64  # adapter columns at most, a program
-_PROGRAMS = 512  # to keep a GPU busy: tokens are cut into so many pieces that there are about as many
+_PROGRAMS = 1024  # to keep a GPU busy: tokens are cut into so many pieces that there are about as many
 _SHORTEST = 256  # tokens of a piece
 _COLUMNS = 1024  # of A, a program of the second launch
 _ROWS = 128  # of B
@@ -69,80 +69,105 @@ def _sum(dy, x, z, dz, rstd, weight, offset, sums_a, sums_b, tokens, inputs, out
 
 
 @triton.jit
-def _add_one(sums_a, sums_b, a, b, scale, row, column, n, r, splits, inputs, outputs, columns, width,
-             SPLITS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
+def _add_one(sums_a, sums_b, a, b, scale, row, column, n, r, of_a, of_b, inputs, outputs, columns, width,
+             PIECES_A: tl.constexpr, PIECES_B: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+             RANK: tl.constexpr):
     program = tl.program_id(0)
     blocks = tl.cdiv(inputs, COLUMNS)
     kind = a.dtype.element_ty
     if program < r * blocks:
-        of_a = program // blocks
+        line = program // blocks
         across = (program % blocks) * COLUMNS + tl.arange(0, COLUMNS)
         inside = across < inputs
         found = tl.zeros((COLUMNS,), tl.float32)
-        for split in range(SPLITS):
-            source = sums_a + (split * columns + column + of_a) * inputs + across
-            found += tl.load(source, mask=inside & (split < splits), other=0.0)
-        place = of_a * inputs + across
+        for piece in range(PIECES_A):
+            source = sums_a + (piece * columns + column + line) * inputs + across
+            found += tl.load(source, mask=inside & (piece < of_a), other=0.0)
+        place = line * inputs + across
         held = tl.load(a + place, mask=inside, other=0.0).to(tl.float32)
         tl.store(a + place, (held + found).to(kind), mask=inside)
     elif program < r * blocks + tl.cdiv(n, ROWS):
-        of_b = (program - r * blocks) * ROWS + tl.arange(0, ROWS)
+        lines = (program - r * blocks) * ROWS + tl.arange(0, ROWS)
         across = tl.arange(0, RANK)
-        mask = (of_b < n)[:, None] & (across < r)[None, :]
+        mask = (lines < n)[:, None] & (across < r)[None, :]
         total = tl.zeros((ROWS, RANK), tl.float32)
-        for split in range(SPLITS):
-            source = sums_b + (split * outputs + row + of_b).to(tl.int64)[:, None] * width + across[None, :]
-            total += tl.load(source, mask=mask & (split < splits), other=0.0)
-        place = of_b[:, None] * r + across[None, :]
+        for piece in range(PIECES_B):
+            source = sums_b + (piece * outputs + row + lines).to(tl.int64)[:, None] * width + across[None, :]
+            total += tl.load(source, mask=mask & (piece < of_b), other=0.0)
+        place = lines[:, None] * r + across[None, :]
         held = tl.load(b + place, mask=mask, other=0.0).to(tl.float32)
         tl.store(b + place, (held + scale * total).to(kind), mask=mask)
 
 
 @triton.jit
 def _add(sums_a, sums_b, a0, a1, a2, b0, b1, b2, s0, s1, s2, row0, row1, row2, n0, n1, n2, c0, c1, c2, r0, r1, r2,
-         splits, inputs, outputs, columns, width, SPLITS: tl.constexpr, COLUMNS: tl.constexpr,
-         ROWS: tl.constexpr, RANK: tl.constexpr):
+         of_a, of_b, inputs, outputs, columns, width, PIECES_A: tl.constexpr, PIECES_B: tl.constexpr,
+         COLUMNS: tl.constexpr, ROWS: tl.constexpr, RANK: tl.constexpr):
     part = tl.program_id(1)
     if part == 0:
-        _add_one(sums_a, sums_b, a0, b0, s0, row0, c0, n0, r0, splits, inputs, outputs, columns, width, SPLITS, COLUMNS,
-                 ROWS, RANK)
+        _add_one(sums_a, sums_b, a0, b0, s0, row0, c0, n0, r0, of_a, of_b, inputs, outputs, columns, width, PIECES_A,
+                 PIECES_B, COLUMNS, ROWS, RANK)
     elif part == 1:
-        _add_one(sums_a, sums_b, a1, b1, s1, row1, c1, n1, r1, splits, inputs, outputs, columns, width, SPLITS, COLUMNS,
-                 ROWS, RANK)
+        _add_one(sums_a, sums_b, a1, b1, s1, row1, c1, n1, r1, of_a, of_b, inputs, outputs, columns, width, PIECES_A,
+                 PIECES_B, COLUMNS, ROWS, RANK)
     else:
-        _add_one(sums_a, sums_b, a2, b2, s2, row2, c2, n2, r2, splits, inputs, outputs, columns, width, SPLITS, COLUMNS,
-                 ROWS, RANK)
+        _add_one(sums_a, sums_b, a2, b2, s2, row2, c2, n2, r2, of_a, of_b, inputs, outputs, columns, width, PIECES_A,
+                 PIECES_B, COLUMNS, ROWS, RANK)
 
 
-def add_factor_gradients(dy: Tensor, x: Tensor | Normed, z: Tensor, dz: Tensor, parts: Sequence[Factors]) -> None:
+def add_factor_gradients(dy: Tensor, x: Tensor | Normed | None, z: Tensor, dz: Tensor, parts: Sequence[Factors],
+                         sums: Sums = NO_SUMS) -> None:
     """See `kernels.factors.add_factor_gradients`."""
-    source = x.x if isinstance(x, Normed) else x
-    (tokens, inputs), outputs = source.shape, dy.shape[1]
+    if sums.a is not None:
+        inputs = sums.a.shape[2]
+    elif x is not None:
+        inputs = (x.x if isinstance(x, Normed) else x).shape[1]
     columns = parts[-1].columns.stop
     width = max(part.a.shape[0] for part in parts)
-    sizes = [part.b.shape[0] for part in parts]
-    programs = [triton.cdiv(size, _BLOCK) for size in (inputs, *sizes)]
-    ranks = min(_RANKS, max(16, triton.next_power_of_2(columns)))  # 16: the least that a product takes
-    chunks = triton.cdiv(columns, ranks)
-    splits = max(1, min(_PROGRAMS // (sum(programs) * chunks), triton.cdiv(tokens, _SHORTEST)))
-    # Compiled for powers of two, so that batches of many lengths share a few kernels.
-    steps = triton.next_power_of_2(triton.cdiv(tokens, splits * _TOKENS))
-    splits = triton.cdiv(tokens, steps * _TOKENS)
-    sums_a = torch.empty(splits, columns, inputs, dtype=torch.float32, device=dy.device)
-    sums_b = torch.empty(splits, outputs, width, dtype=torch.float32, device=dy.device)
     spare = MOST_PARTS - len(parts)
     filled = [*parts, *[parts[0]] * spare]  # those behind the last are never reached
+    sizes = [part.b.shape[0] for part in parts]
     places = (*(part.rows.start for part in filled), *(part.b.shape[0] for part in filled),
               *(part.columns.start for part in filled), *(part.a.shape[0] for part in filled))
-    norm = (x.rstd, x.weight, x.offset) if isinstance(x, Normed) else (sums_a, sums_a, 0.0)
-    _sum[(sum(programs), splits, chunks)](
-        dy, source, z, dz, *norm, sums_a, sums_b, tokens, inputs, outputs, columns, *places, dy.stride(0),
-        source.stride(0), z.stride(0), dz.stride(0), *[*programs, 0][:3], width, NORMED=isinstance(x, Normed),
-        STEPS=steps, TOKENS=_TOKENS, BLOCK=_BLOCK, RANKS=ranks, num_warps=4, num_stages=4)
+    a, b = sums.a, sums.b
+    if a is None or b is None:
+        made_a, made_b = _summed(dy, x, z, dz, places, sizes, inputs if a is None else 0, columns, width,
+                                 wants_b=b is None)
+        a, b = made_a if a is None else a, made_b if b is None else b
     adding = max(part.a.shape[0] * triton.cdiv(inputs, _COLUMNS) + triton.cdiv(size, _ROWS)
                  for part, size in zip(parts, sizes, strict=True))
     _add[(adding, len(parts))](
-        sums_a, sums_b, *(part.a for part in filled), *(part.b for part in filled),
-        *(float(part.scale) for part in filled), *places, splits, inputs, outputs, columns, width,
-        SPLITS=triton.next_power_of_2(splits), COLUMNS=_COLUMNS, ROWS=_ROWS, RANK=triton.next_power_of_2(width),
+        a, b, *(part.a for part in filled), *(part.b for part in filled), *(float(part.scale) for part in filled),
+        *places, len(a), len(b), inputs, dy.shape[1], columns, width, PIECES_A=triton.next_power_of_2(len(a)),
+        PIECES_B=triton.next_power_of_2(len(b)), COLUMNS=_COLUMNS, ROWS=_ROWS, RANK=triton.next_power_of_2(width),
         num_warps=4)
+
+
+def _summed(dy: Tensor, x: Tensor | Normed | None, z: Tensor, dz: Tensor, places: tuple[int, ...], sizes: list[int],
+            inputs: int, columns: int, width: int, *, wants_b: bool) -> tuple[Tensor, Tensor]:
+    """Sums for A unless `inputs` is 0, and for B if they are wanted."""
+    source = x.x if isinstance(x, Normed) else dy if x is None else x
+    tokens, outputs = dy.shape
+    programs = [triton.cdiv(size, _BLOCK) for size in (inputs, *(sizes if wants_b else ()))]
+    ranks = min(_RANKS, max(16, triton.next_power_of_2(columns)))  # 16: the least that a product takes
+    chunks = triton.cdiv(columns, ranks)
+    pieces, steps = cut(tokens, sum(programs) * chunks, _TOKENS)
+    of_a = torch.empty(pieces, columns, inputs, dtype=torch.float32, device=dy.device)
+    of_b = torch.empty(pieces, outputs if wants_b else 0, width, dtype=torch.float32, device=dy.device)
+    normed = isinstance(x, Normed) and inputs > 0
+    norm = (x.rstd, x.weight, x.offset) if isinstance(x, Normed) else (z, z, 0.0)
+    _sum[(sum(programs), pieces, chunks)](
+        dy, source, z, dz, *norm, of_a, of_b, tokens, inputs, outputs, columns, *places, dy.stride(0),
+        source.stride(0), z.stride(0), dz.stride(0), *[*programs, 0, 0, 0][:3], width, NORMED=normed, STEPS=steps,
+        TOKENS=_TOKENS, BLOCK=_BLOCK, RANKS=ranks, num_warps=4, num_stages=4)
+    return of_a, of_b
+
+
+def cut(tokens: int, programs: int, step: int, most: int = _PROGRAMS) -> tuple[int, int]:
+    """Into how many pieces tokens are cut for so many programs each, and how many steps a piece has.
+
+    Steps are powers of two, for which kernels are compiled, so that batches of many lengths share a few.
+    """
+    pieces = max(1, min(most // programs, triton.cdiv(tokens, _SHORTEST)))
+    steps = triton.next_power_of_2(triton.cdiv(tokens, pieces * step))
+    return triton.cdiv(tokens, steps * step), steps

@@ -85,8 +85,10 @@ def _layer_outline(layer: Layer, itemsize: int, stored: str | None, precision: s
         scratch = [projection.N * projection.K for projection in layer.projections]
     borders = [projection.R for projection in layer.projections]
     gradients = sum(4 * tensor.numel() for tensor in layer.trainable)
+    mlp = (layer.gate_up, layer.down)
+    sums = itemsize == 2 and all(projection.R and not projection.has_dropout for projection in mlp)
     return LayerOutline(layer.spec, (borders[0], borders[1], borders[2], borders[3]), weights,
-                        (scratch[0], scratch[1], scratch[2], scratch[3]), gradients, stored)
+                        (scratch[0], scratch[1], scratch[2], scratch[3]), gradients, stored, sums)
 
 
 def _kept_bytes(projection: Projection) -> int:

@@ -11,7 +11,7 @@ from gazelle.adapters.unwrap import unwrap
 from gazelle.base.log import say_once
 from gazelle.engine.graph import StepGraph
 from gazelle.models.head import has_fused_head
-from gazelle.models.swap import runs_on_engine, swapped_layers
+from gazelle.models.swap import Swapped, runs_on_engine, swapped_layers
 from gazelle.train.config import SFTConfig
 from gazelle.train.loss import batch_loss
 
@@ -46,6 +46,11 @@ def refuses_graph(config: SFTConfig, model: Any, *, packed: bool, processes: int
     return None
 
 
+def uses_host(swapped: Swapped) -> bool:
+    """True if a layer's input waits in host memory for its backward pass, or its weights come from there."""
+    return swapped.home is not None or (swapped.keep is not None and swapped.keep.host)
+
+
 class GraphedStep:
     """Forward and backward of packed batches, through a `StepGraph`.
 
@@ -57,7 +62,8 @@ class GraphedStep:
     def __init__(self, model: nn.Module, label_smoothing: float) -> None:
         self.model, self.label_smoothing = model, label_smoothing
         self.graph = StepGraph(self._step)
-        self._engine = swapped_layers(model)[0].gazelle.engine
+        self._layers = swapped_layers(model)
+        self._engine = self._layers[0].gazelle.engine
         self._read = self._engine.read
 
     def __call__(self, inputs: dict[str, Any], count: Tensor | int) -> Tensor:
@@ -71,7 +77,12 @@ class GraphedStep:
         batch["count"] = torch.as_tensor(count, device=batch["input_ids"].device)
         if self._engine.read != self._read:
             self.graph.clear()  # weights moved since, and recorded steps would read them where they were
-        loss = self.graph(batch, (inputs["max_length_q"], inputs["uniform"]))
+        static = inputs["max_length_q"], inputs["uniform"]
+        # What lies in host memory is sent for ahead of time, from pinned memory that a replay would find reused.
+        if any(uses_host(layer.gazelle) for layer in self._layers):
+            say_once("steps are not recorded as CUDA graphs: weights or activations come from host memory")
+            return self._step(batch, static)
+        loss = self.graph(batch, static)
         self._read = self._engine.read
         return loss
 
