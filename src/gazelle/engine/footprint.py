@@ -61,13 +61,17 @@ def footprint(layer: LayerOutline, keep: Keep, T: int, itemsize: int) -> Footpri
         fixed += (7 if keep.attention or keep.mlp else 5) * stream
     if not keep.attention:
         fixed += attended
-    if not (keep.attention or keep.mlp):
-        fixed += stream
     mlp = max(inner if layer.sums else 2 * inner, entry) + branch
     if not keep.mlp:
         mlp += gate_up + (branch if spec.post_norms else 0)
-    # dout, then dq, dk, dv with what they become before the projection, or dn
-    attention = T * itemsize * (Q + 2 * (spec.qkv_size + R_qkv) + H)
+    if not (keep.attention or keep.mlp):  # the stream between the halves, which was made again
+        mlp += stream
+    # dout with dq, dk, dv and what the kernel works in: sums of dq in float32, dk and dv of every query head. Then dq,
+    # dk, dv with what they become before the projection, and dn.
+    attending = T * itemsize * (Q + spec.qkv_size)
+    if spec.softcap is None and itemsize == 2:
+        attending += T * (4 * Q + (2 * itemsize * Q if spec.kv_heads < spec.heads else 0))
+    attention = max(attending, T * itemsize * (2 * (spec.qkv_size + R_qkv) + H))
     return Footprint(kept, forward, fixed + max(mlp, attention))
 
 

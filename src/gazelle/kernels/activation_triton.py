@@ -11,9 +11,8 @@ from gazelle.kernels.factors import Factors
 from gazelle.kernels.factors_triton import cut
 
 _BLOCK = 1024
-# Of the sums: tokens of a step and columns of a program, and how it runs. Small programs, many at a time, hide the time
-# that a step takes from its loads to its products.
-_TOKENS, _COLUMNS, _WARPS, _STAGES = 32, 64, 4, 1
+# Of the sums, by measurement: many small programs at a time hide how long a step takes from its loads to its products.
+_TOKENS, _COLUMNS, _WARPS, _STAGES, _PROGRAMS = 16, 64, 4, 3, 4096
 
 
 @triton.jit
@@ -129,15 +128,15 @@ def gated_backward_sums(gate_up: Tensor, dh: Tensor, kind: str, z: Tensor, dz: T
     """See `kernels.activation.gated_backward_sums`."""
     tokens, width = dh.shape
     widest = max(part.a.shape[0] for part in parts)
-    gate, up = ([(part.columns.start, part.a.shape[0]) for part in parts if part.rows.start <= row < part.rows.stop]
-                or [(0, 0)] for row in (0, width))
+    gate, up = (next(((part.columns.start, part.a.shape[0]) for part in parts
+                      if part.rows.start <= row < part.rows.stop), (0, 0)) for row in (0, width))
     blocks = triton.cdiv(width, _COLUMNS)
-    pieces, steps = cut(tokens, blocks, _TOKENS)
+    pieces, steps = cut(tokens, blocks, _TOKENS, _PROGRAMS)
     of_a = torch.empty(pieces, columns, width, dtype=torch.float32, device=dh.device)
     of_b = torch.empty(pieces, 2 * width, widest, dtype=torch.float32, device=dh.device)
     _backward_sums[(blocks, pieces)](
-        gate_up, dh, z, dz, of_a, of_b, tokens, width, columns, *gate[0], *up[0], widest, gate_up.stride(0),
+        gate_up, dh, z, dz, of_a, of_b, tokens, width, columns, *gate, *up, widest, gate_up.stride(0),
         dh.stride(0), z.stride(0), dz.stride(0), KIND=kind, STEPS=steps, TOKENS=_TOKENS, COLUMNS=_COLUMNS,
-        RANKS_A=max(16, triton.next_power_of_2(columns)), RANKS_B=max(16, triton.next_power_of_2(widest)), num_warps=_WARPS,
-        num_stages=_STAGES)
+        RANKS_A=max(16, triton.next_power_of_2(columns)), RANKS_B=max(16, triton.next_power_of_2(widest)),
+        num_warps=_WARPS, num_stages=_STAGES)
     return of_a, of_b
