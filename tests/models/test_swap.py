@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import gazelle
 from gazelle import accelerate, explain, restore
 from gazelle.base import log
-from gazelle.base.errors import OptionError
+from gazelle.base.errors import ModelError, OptionError
 from gazelle.engine import passes
 from gazelle.models import swap
 from gazelle.models.swap import runs_on_engine, swapped_layers
@@ -829,3 +829,11 @@ def test_rows_of_one_batch_after_another() -> None:
             each(**batch).loss.backward()
     ours, theirs = gradients(model), gradients(other)
     assert all((ours[name] - grad).norm() <= 1e-5 * grad.norm() for name, grad in theirs.items())
+
+
+@pytest.mark.parametrize("given", ["HuggingFaceTB/SmolLM2-135M", nn.Linear(2, 2), None], ids=["name", "module", "none"])
+@pytest.mark.parametrize("call", [accelerate, explain, restore])
+def test_only_models_of_hugging_face_are_taken(call: Any, given: Any) -> None:
+    with pytest.raises(ModelError, match="no Hugging Face model") as caught:
+        call(given)
+    assert call.__name__ in caught.value.where and "from_pretrained" in caught.value.fix

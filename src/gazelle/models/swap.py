@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from gazelle.adapters.unwrap import unwrap
-from gazelle.base.errors import OptionError
+from gazelle.base.errors import ModelError, OptionError
 from gazelle.base.log import logger, say_once
 from gazelle.engine.fp8 import check_fp8, make_projection
 from gazelle.engine.keep import ALL, KEEP, Keep
@@ -255,13 +255,14 @@ def accelerate(model: Any, precision: str = "auto") -> Any:
 
     Raises:
         OptionError: no such precision, or fp8 on a device that has none.
+        ModelError: not a Hugging Face model.
     """
+    inner = _hugging_face(model, "accelerate")
     if precision not in ("auto", "fp8"):
         raise OptionError("no such precision of the engine", where="accelerate(precision=…)", found=repr(precision),
                           expected="auto or fp8", fix='leave it out: "auto" computes in the model\'s own type')
     if precision == "fp8":
-        check_fp8(unwrap(model).device)
-    inner = unwrap(model)
+        check_fp8(inner.device)
     config = inner.config.get_text_config()
     decoder = _decoder(inner)
     _swap_head(inner, known=config.model_type in FAMILIES and decoder is not None)
@@ -294,6 +295,16 @@ def accelerate(model: Any, precision: str = "auto") -> Any:
     return model
 
 
+def _hugging_face(model: Any, asked: str) -> Any:
+    """The Hugging Face model that was handed in, without its adapter."""
+    inner = unwrap(model)
+    if isinstance(inner, nn.Module) and hasattr(inner, "config"):
+        return inner
+    raise ModelError("this is no Hugging Face model", where=f"{asked}(model)", found=repr(model)[:80],
+                     expected="a causal model of transformers, with or without a PEFT adapter",
+                     fix="load it first: model, tokenizer = FastLanguageModel.from_pretrained(name)")
+
+
 def _swap_head(inner: Any, *, known: bool) -> None:
     if isinstance(inner, FusedHead):
         return
@@ -322,7 +333,7 @@ def _check(layer: Any, config: Any, number: int) -> None:
 
 def restore(model: Any) -> Any:
     """Undo `accelerate`: every module has the class it had; returns the same model."""
-    for module in unwrap(model).modules():
+    for module in _hugging_face(model, "restore").modules():
         if isinstance(module, _SWAPPED):
             module.__class__ = type(module).__mro__[2]
         for name in ("gazelle", "gazelle_config", "gazelle_refused", "gazelle_offset", "gazelle_logits"):
@@ -335,7 +346,7 @@ def restore(model: Any) -> Any:
 
 def explain(model: Any) -> list[Explained]:
     """What runs on the engine and what does not, part by part, and why not."""
-    inner = unwrap(model)
+    inner = _hugging_face(model, "explain")
     names = {id(module): name for name, module in inner.named_modules()}
     config = inner.config.get_text_config()
     decoder = _decoder(inner)
