@@ -12,11 +12,12 @@ from torch import Tensor
 
 from gazelle import accelerate
 from gazelle.engine import loss
+from gazelle.engine.attended import Attended
 from gazelle.engine.footprint import footprint, head_footprint
-from gazelle.engine.keep import ALL, CHOICES, KEEP, OFFLOAD, Keep
+from gazelle.engine.keep import ALL, AWAY, CHOICES, KEEP, OFFLOAD, Keep
 from gazelle.engine.layer import Call
 from gazelle.engine.outline import Batch, LayerOutline, Outline
-from gazelle.engine.passes import Pass
+from gazelle.engine.passes import Expanded, Pass
 from gazelle.engine.plan import _Draft
 from gazelle.engine.spec import DecoderSpec
 from gazelle.kernels.attention import Rows
@@ -26,7 +27,8 @@ from gazelle.models.swap import add_gradients_in_place, engine_layer, swapped_la
 from gazelle.train.loss import batch_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-HOST = [replace(keep, host=True) for keep in (KEEP, Keep(mlp=False), Keep(attention=False))]
+HOST = [*(replace(keep, host=True) for keep in (KEEP, Keep(mlp=False), Keep(attention=False))),
+        AWAY, replace(AWAY, mlp=False)]
 EVERY = [*CHOICES.values(), *HOST, Keep(attention=False), Keep(mlp=False, chunk=5), Keep(False, False, chunk=5)]
 STREAM = Outline(layers=(), hidden=8, vocabulary=100, itemsize=2, embedding=0, embedding_moves=False, head=0,
                  head_trains=False, others=0, trained=0, optimizer=0)
@@ -39,7 +41,7 @@ def storages(value: Any, found: dict[int, int]) -> dict[int, int]:
     elif isinstance(value, list | tuple):
         for part in value:
             storages(part, found)
-    elif type(value).__module__ == "gazelle.engine.passes":
+    elif type(value) in (Attended, Expanded):
         storages(list(vars(value).values()), found)
     return found
 
@@ -96,8 +98,15 @@ def test_what_must_hold_for_any_layer(seed: int) -> None:
         assert kept[True, True] + kept[False, False] + between == kept[True, False] + kept[False, True]
     for attention, mlp in ((True, True), (True, False), (False, True), (False, False)):
         here, there = of(attention, mlp), of(attention, mlp, host=True)
-        assert here.kept - there.kept == stream * (2 if attention or mlp else 1)
-        assert there.forward == here.forward and there.backward > here.backward
+        assert here.kept - there.kept == there.parked == stream * (2 if attention or mlp else 1)
+        assert there.forward == here.forward + there.parked and there.backward > here.backward
+        assert here.parked == 0
+    for mlp in (True, False):  # attention waits there too, and the stream between the halves does not
+        near, far = of(True, mlp, host=True), of(True, mlp, host=True, attention_host=True)
+        branch = stream if layer.spec.post_norms else 0  # which comes again with the stream
+        assert near.kept - far.kept == far.parked - stream + branch > 0
+        # On its way is what the layer below sent; what this one sends is still here.
+        assert far.forward - near.forward == far.parked - near.parked + far.parked - stream
     # What is not kept is made again in the backward pass.
     assert of(False, False).backward >= of(False, True).backward > of(True, True).backward - 1
     assert of(False, False).backward >= of(True, False).backward >= of(True, True).backward
@@ -167,7 +176,8 @@ def test_what_attention_works_in() -> None:
 
 
 GPU_CHOICES = {**CHOICES, "attention": Keep(attention=False), "chunked": replace(ALL, chunk=2048),
-               "attention kept, chunked": Keep(mlp=False, chunk=2048)}
+               "attention kept, chunked": Keep(mlp=False, chunk=2048), "away": AWAY,
+               "away, mlp": replace(AWAY, mlp=False)}
 
 
 @pytest.mark.gpu

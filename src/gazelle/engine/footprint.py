@@ -19,6 +19,7 @@ class Footprint:
     kept: int
     forward: int
     backward: int
+    parked: int = 0  # what waits in host memory meanwhile
 
 
 def footprint(layer: LayerOutline, keep: Keep, T: int, itemsize: int) -> Footprint:
@@ -38,14 +39,21 @@ def footprint(layer: LayerOutline, keep: Keep, T: int, itemsize: int) -> Footpri
     stream = T * H * itemsize
     # Besides numbers of the type of computation: sums of exponentials, and factors of norms.
     attended = T * itemsize * (spec.qkv_size + Q + R_qkv + R_o) + T * 4 * (spec.heads + 1)
+    leaves = T * itemsize * (spec.qkv_size + Q)  # of which, this can wait in host memory
     if spec.qk_norm:
         attended += T * itemsize * QK + T * 4 * (spec.heads + spec.kv_heads)
+        leaves += T * itemsize * QK
     if spec.post_norms:
         attended += stream
     expanded = T * itemsize * (2 * F + 2 * R_gate_up) + T * 4 + (stream if spec.post_norms else 0)
-    kept = T * itemsize * R_down + (attended if keep.attention else 0) + (expanded if keep.mlp else 0)
-    if not keep.host:  # the input, and the stream between the halves
-        kept += 2 * stream if keep.attention or keep.mlp else stream
+    # The input, and the stream between the halves, or what that is made of again.
+    between = leaves if keep.attention_host else stream if keep.attention or keep.mlp else 0
+    parked = stream + between if keep.host else 0
+    kept = T * itemsize * R_down + (expanded if keep.mlp else 0) + (0 if keep.host else stream + between)
+    if keep.attention_host:
+        kept += attended - leaves - (stream if spec.post_norms else 0)
+    elif keep.attention:
+        kept += attended
 
     entry = rows * itemsize * (H + R_gate_up)
     gate_up = rows * itemsize * (2 * F + 2 * R_gate_up)
@@ -55,24 +63,29 @@ def footprint(layer: LayerOutline, keep: Keep, T: int, itemsize: int) -> Footpri
     outputs = stream if rows == T else 2 * stream
     forward = outputs + (0 if keep.mlp else gate_up) + inner + rows * itemsize * R_down + branch
     forward = max(forward, T * itemsize * (H + R_qkv) + (0 if keep.attention else attended)) + stream
+    if keep.attention_host:
+        forward += leaves
+    forward += parked  # of the layer below, on its way to the host
 
     fixed = T * itemsize * (H + max(R_o, R_down)) + layer.gradients
-    if keep.host:  # this layer's, the next one's on its way, and what is still being copied to the host
-        fixed += (7 if keep.attention or keep.mlp else 5) * stream
+    if keep.host:  # this layer's and the next one's, which is on its way
+        fixed += 2 * parked + stream
     if not keep.attention:
         fixed += attended
     mlp = max(inner if layer.sums else 2 * inner, entry) + branch
     if not keep.mlp:
         mlp += gate_up + (branch if spec.post_norms else 0)
-    if not (keep.attention or keep.mlp):  # the stream between the halves, which was made again
+    if keep.attention_host or not (keep.attention or keep.mlp):  # the stream between the halves, made again
         mlp += stream
+    if keep.attention_host and spec.post_norms:
+        fixed += stream
     # dout with dq, dk, dv and what the kernel works in: sums of dq in float32, dk and dv of every query head. Then dq,
     # dk, dv with what they become before the projection, and dn.
     attending = T * itemsize * (Q + spec.qkv_size)
     if spec.softcap is None and itemsize == 2:
         attending += T * (4 * Q + (2 * itemsize * Q if spec.kv_heads < spec.heads else 0))
     attention = max(attending, T * itemsize * (2 * (spec.qkv_size + R_qkv) + H))
-    return Footprint(kept, forward, fixed + max(mlp, attention))
+    return Footprint(kept, forward, fixed + max(mlp, attention), parked)
 
 
 def head_footprint(outline: Outline, batch: Batch) -> int:

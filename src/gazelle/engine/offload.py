@@ -7,8 +7,6 @@ waited for the copy, so memory comes back at the same point of every step.
 import torch
 from torch import Tensor
 
-_DEPTH = 2  # copies under way at a time; the computing stream waits for older ones before their memory is used again
-
 
 class Parked:
     """A tensor in host memory. On a CPU it simply stays where it is."""
@@ -49,28 +47,30 @@ class Garage:
         self.device = device
         self.stream = torch.cuda.Stream(device)
         self._free: dict[tuple[torch.Size, torch.dtype], list[Tensor]] = {}
-        self._leaving: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._leaving: tuple[tuple[Tensor, ...], torch.cuda.Event] | None = None
 
-    def park(self, tensor: Tensor) -> Parked:
-        """Begin to copy a tensor to the host; its memory is free for others once that is done."""
-        shelf = self._free.get((tensor.shape, tensor.dtype))
-        host = shelf.pop() if shelf else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    def park(self, tensors: tuple[Tensor, ...]) -> list[Parked]:
+        """Begin to copy tensors to the host, and let go of those before: these had the time of a layer to leave."""
         computing = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(computing)
+        hosts = [self._host(tensor) for tensor in tensors]
         with torch.cuda.stream(self.stream):
-            host.copy_(tensor, non_blocking=True)
-            self._leaving.append((tensor, self.stream.record_event()))
-        while len(self._leaving) > _DEPTH:
-            _, done = self._leaving.pop(0)
-            computing.wait_event(done)
-        return Parked(host, tensor.device, self)
+            for host, tensor in zip(hosts, tensors, strict=True):
+                host.copy_(tensor, non_blocking=True)
+            leaving = tensors, self.stream.record_event()
+        self.settle()
+        self._leaving = leaving
+        return [Parked(host, self.device, self) for host in hosts]
+
+    def _host(self, tensor: Tensor) -> Tensor:
+        shelf = self._free.get((tensor.shape, tensor.dtype))
+        return shelf.pop() if shelf else torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
 
     def settle(self) -> None:
-        """Let go of everything that is being copied."""
-        computing = torch.cuda.current_stream(self.device)
-        for _, done in self._leaving:
-            computing.wait_event(done)
-        self._leaving.clear()
+        """Let go of what is being copied."""
+        if self._leaving is not None:
+            torch.cuda.current_stream(self.device).wait_event(self._leaving[1])
+            self._leaving = None
 
     def take_back(self, host: Tensor) -> None:
         """A buffer whose content has been fetched. The same stream fills it next, so that cannot be too early."""
@@ -80,13 +80,14 @@ class Garage:
 _garages: dict[torch.device, Garage] = {}
 
 
-def park(tensor: Tensor) -> Parked:
-    """A tensor moved to pinned host memory if it lies on a GPU."""
-    if not tensor.is_cuda:
-        return Parked(tensor, tensor.device, None)
-    if tensor.device not in _garages:
-        _garages[tensor.device] = Garage(tensor.device)
-    return _garages[tensor.device].park(tensor)
+def park(*tensors: Tensor) -> list[Parked]:
+    """Contiguous tensors moved to pinned host memory if they lie on a GPU: what a layer parks, all at once."""
+    device = tensors[0].device
+    if device.type != "cuda":
+        return [Parked(tensor, device, None) for tensor in tensors]
+    if device not in _garages:
+        _garages[device] = Garage(device)
+    return _garages[device].park(tensors)
 
 
 def settle(device: torch.device) -> None:

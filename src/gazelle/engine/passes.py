@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gazelle.engine.attended import Attended, Remote
 from gazelle.engine.layer import Call, Layer
 from gazelle.engine.linear import Bordered, Gradients, Projection
 from gazelle.engine.offload import Parked, park, settle
@@ -37,20 +38,6 @@ def run_layer(layer: Layer, x: Tensor, rows: Rows, cos: Tensor | None, sin: Tens
     if torch.is_grad_enabled() and (x.requires_grad or layer.trainable):
         return _LayerFunction.apply(x, layer, call, *layer.trainable)
     return Pass(layer, call).forward(x)
-
-
-@dataclass
-class Attended:
-    """The attention half of a layer: what its backward pass reads. `leaves` are q, k, v and `out` hangs on them."""
-
-    z_qkv: Tensor | None
-    rstd: Tensor  # of the norm before
-    raw: Tensor | None  # qkv before the norm of queries and keys
-    rstds: tuple[Tensor, Tensor] | None
-    leaves: tuple[Tensor, Tensor, Tensor]
-    out: Tensor
-    z_o: Tensor | None = None
-    branch: Tensor | None = None  # what o gave, if it is normalised before it is added
 
 
 @dataclass
@@ -93,15 +80,22 @@ class Pass:
         self.layer.arrive(forward=True)
         # What attention drops is drawn from torch's generator: it cannot be drawn again.
         keep_attention = keep.attention or (self.call.training and self.layer.spec.attention_dropout > 0)
-        attended = self._attend(x, differentiable=keep_attention)
+        attended = self._attend(x, differentiable=keep_attention, remote=keep.attention_host)
         mid = self._add_attention(attended, x)
+        self.x = x
+        if keep.attention or keep.mlp:
+            self.mid = mid
+        if keep.host:  # at once, so that copies have as long as there is
+            if isinstance(attended.call, Remote):
+                self.x, self.mid = attended.send(x), None
+            elif self.mid is not None:
+                self.x, self.mid = park(x, mid)
+            else:
+                self.x, = park(x)
         if keep_attention:
             self.attended = attended
         del attended
         y = self._mlp(mid, keep=keep.mlp)
-        self.x = park(x) if keep.host else x
-        if keep.attention or keep.mlp:
-            self.mid = park(mid) if keep.host else mid
         self.below, shared.last = shared.last, weakref.ref(self)
         return y
 
@@ -110,19 +104,28 @@ class Pass:
         for tensor in (self.x, self.mid):
             if isinstance(tensor, Parked):
                 tensor.fetch()
+        if self.attended is not None and isinstance(self.attended.call, Remote):
+            self.attended.call.fetch()
 
-    def _attend(self, x: Tensor, *, differentiable: bool) -> Attended:
+    def _attend(self, x: Tensor, *, differentiable: bool, remote: bool = False) -> Attended:
         layer, spec, call = self.layer, self.layer.spec, self.call
         T = x.shape[0]
         entry = layer.qkv.input(T)
         _, rstd = rms_norm(x, layer.norms.attention, spec.eps, spec.norm_offset, out=entry[:, : spec.hidden])
         qkv, z_qkv = layer.qkv.forward(entry, layer.qkv.matrix(), seed=call.seed(0))
         q, k, v, raw, rstds = self._positioned(qkv)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attention(q, k, v, call.rows, spec.attention_scale, spec.window, spec.softcap,
+                             spec.attention_dropout if call.training else 0.0)
+
+        whole = (qkv,) if raw is None else (qkv, q, k)
+        if remote:
+            way = Remote()
+            return Attended(z_qkv, rstd, raw, rstds, (*whole, way(attend, q, k, v)), way)
         with torch.set_grad_enabled(differentiable):
             q, k, v = (part.detach().requires_grad_(differentiable) for part in (q, k, v))
-            out = attention(q, k, v, call.rows, spec.attention_scale, spec.window, spec.softcap,
-                            spec.attention_dropout if call.training else 0.0)
-        return Attended(z_qkv, rstd, raw, rstds, (q, k, v), out)
+            return Attended(z_qkv, rstd, raw, rstds, (*whole, attend(q, k, v)), (q, k, v))
 
     def _add_attention(self, attended: Attended, x: Tensor) -> Tensor:
         """The stream [T, H] between attention and MLP."""
@@ -214,6 +217,7 @@ class Pass:
         mid = self.mid.get() if isinstance(self.mid, Parked) else self.mid
         if self.attended is None:
             self.attended = self._attend(x, differentiable=True)
+        self.attended.back()
         if mid is None:
             mid = self._add_attention(self.attended, x)
         stream = self._stream(dy)
@@ -311,7 +315,7 @@ class Pass:
         W = layer.o.matrix(again=True)
         dout = layer.o.input_gradient(d, W, call.seed(1))
         layer.o.parameter_gradients(d, attended.out.detach().flatten(1), W, attended.z_o, grads, call.seed(1))
-        dq, dk, dv = torch.autograd.grad(attended.out, attended.leaves, dout.view(attended.out.shape))
+        dq, dk, dv = attended.gradients(dout.view(attended.out.shape))
         del dout
         dqkv = self._positioned_backward(dq, dk, dv, attended, grads)
         if not (wants_input or any(True for _ in layer.qkv.trainable()) or grads.wants(layer.norms.attention)):

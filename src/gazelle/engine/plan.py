@@ -7,8 +7,8 @@ choice of every layer; only if there is none does the MLP take its tokens in chu
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from gazelle.engine.footprint import footprint, head_footprint
-from gazelle.engine.keep import ALL, ATTENTION, KEEP, MLP, Keep
+from gazelle.engine.footprint import Footprint, footprint, head_footprint
+from gazelle.engine.keep import ALL, ATTENTION, AWAY, KEEP, MLP, Keep
 from gazelle.engine.outline import Batch, Outline
 from gazelle.engine.search import Option, fastest, least
 from gazelle.engine.stream import BUFFERS
@@ -133,6 +133,7 @@ def choices(*, host: bool, chunk: int | None = None, allowed: Callable[[Keep], b
     """All that a layer may choose from."""
     found = [replace(keep, host=there) for there in ([False, True] if host else [False])
              for keep in (KEEP, MLP, ATTENTION, ALL)]
+    found += [replace(AWAY, mlp=mlp) for mlp in (True, False) if host]
     return [replace(keep, chunk=None if keep.mlp else chunk) for keep in found if allowed is None or allowed(keep)]
 
 
@@ -188,13 +189,16 @@ class _Draft:
         return computing + rates.head + rates.rest
 
     def _uses_of_host(self) -> list[list[Keep]]:
-        """Options without and with host memory: only what is still on its way there takes room beside the head."""
-        here = [keep for keep in self.options if not keep.host]
-        return [options for options in (here, self.options) if options]
+        """Options by how much they send to the host: what is still on its way there takes room beside the head."""
+        sent = {keep: self._footprint(keep).parked for keep in self.options}
+        return [[keep for keep in self.options if sent[keep] <= most] for most in sorted(set(sent.values()))]
 
     def _head(self, keeps: Sequence[Keep]) -> int:
-        leaving = 2 * self.stream if any(keep.host for keep in keeps) else 0
+        leaving = max(self._footprint(keep).parked for keep in keeps)
         return leaving + head_footprint(self.outline, self.batch)
+
+    def _footprint(self, keep: Keep) -> Footprint:
+        return footprint(self.outline.layers[0], keep, self.batch.tokens, self.outline.itemsize)
 
     def _layers(self, keeps: Sequence[Keep]) -> list[list[Option]]:
         """Of every layer, what each choice needs."""
@@ -214,8 +218,11 @@ class _Draft:
         again = (0 if keep.attention else rates.attention) + (0 if keep.mlp else rates.mlp)
         if not keep.host or not rates.link:
             return again
+        if keep.attention_host:  # the product behind attention is made again: at most so much of what comes before it
+            spec = self.outline.layers[0].spec
+            again += rates.attention * spec.q_size / spec.qkv_size
         # Copies run beside the computation; what cannot hide there is waited for. Never quite free.
-        transfer = self.stream * (2 if keep.attention or keep.mlp else 1) / rates.link
+        transfer = self._footprint(keep).parked / rates.link
         waited = max(0.0, transfer - rates.forward) + max(0.0, transfer - rates.backward - again)
         return again + waited + 0.02 * transfer
 
@@ -261,4 +268,6 @@ def _words(keep: Keep) -> str:
     words = again[keep.attention, keep.mlp]
     if keep.chunk is not None:
         words += f" ({keep.chunk} tokens at a time)"
+    if keep.attention_host:
+        return words + " with inputs and attention in host memory"
     return words + (" from inputs in host memory" if keep.host else "")

@@ -1,0 +1,137 @@
+"""The attention half of a layer between its forward and its backward pass, here or in host memory.
+
+Autograd saves views of a few large tensors for the backward pass of attention. It is made to remember where in these
+they lie, so that they can leave, and come back as whole tensors with the same strides: kernels see what they would have
+seen.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gazelle.engine.offload import Parked, park
+
+
+class _Saved:
+    """A tensor that autograd saved, or where it lies in one of those that left and are back in `whole`."""
+
+    def __init__(self, tensor: Tensor, whole: list[Tensor]) -> None:
+        self.tensor: Tensor | None = tensor
+        self._whole, self._number = whole, 0
+        self._place = tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def leave(self, number: int) -> None:
+        self.tensor, self._number = None, number
+
+    def give(self) -> Tensor:
+        return self._whole[self._number].as_strided(*self._place) if self.tensor is None else self.tensor
+
+
+class Remote:
+    """One call of attention."""
+
+    def __init__(self) -> None:
+        # What autograd's graph holds on to must not hold on to the graph: no garbage collector sees through it.
+        self._saved: list[_Saved] = []
+        self._whole: list[Tensor] = []
+        self._found: list[Tensor] = []
+        self._parked: list[Parked] = []
+        self._anchor = torch.zeros((), requires_grad=True)
+        self._edge: Any = None
+
+    def __call__(self, attend: Callable[[Tensor, Tensor, Tensor], Tensor], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """attend(q, k, v), once."""
+        saved, whole = self._saved, self._whole
+
+        def save(tensor: Tensor) -> _Saved:
+            saved.append(_Saved(tensor, whole))
+            return saved[-1]
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(save, _Saved.give):
+            out = attend(*_Inputs.apply(self._anchor, self._found, q, k, v))
+        self._edge = torch.autograd.graph.get_gradient_edge(out)
+        return out.detach()
+
+    def send(self, x: Tensor, whole: Sequence[Tensor]) -> Parked:
+        """Send away x, which is returned, and `whole`, the tensors that q, k, v and the output are views of."""
+        places = {tensor.untyped_storage().data_ptr(): number for number, tensor in enumerate(whole)}
+        for saved in self._saved:
+            if saved.tensor is not None and (place := saved.tensor.untyped_storage().data_ptr()) in places:
+                saved.leave(places[place])
+        first, *self._parked = park(x, *whole)
+        return first
+
+    def fetch(self) -> None:
+        """Begin to bring back what was sent away."""
+        for parked in self._parked:
+            parked.fetch()
+
+    def back(self) -> list[Tensor]:
+        """What was sent away, here again."""
+        self._whole[:] = [parked.get() for parked in self._parked]
+        self._parked = []
+        return list(self._whole)
+
+    def gradients(self, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """dq, dk and dv."""
+        torch.autograd.grad([self._edge], [self._anchor], [dout], allow_unused=True)
+        dq, dk, dv = self._found
+        self._found.clear()
+        self._whole.clear()
+        return dq, dk, dv
+
+
+class _Inputs(torch.autograd.Function):
+    """q, k and v as they are; their gradients are put into `found` instead of being handed on."""
+
+    @staticmethod
+    def forward(ctx: Any, _anchor: Tensor, found: list[Tensor], q: Tensor, k: Tensor,
+                v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.found = found
+        return q.view_as(q), k.view_as(k), v.view_as(v)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[None, ...]:
+        ctx.found += (dq, dk, dv)
+        return None, None, None, None, None
+
+
+@dataclass
+class Attended:
+    """The attention half of a layer: what its backward pass reads."""
+
+    z_qkv: Tensor | None
+    rstd: Tensor  # of the norm before
+    raw: Tensor | None  # qkv before the norm of queries and keys
+    rstds: tuple[Tensor, Tensor] | None
+    whole: tuple[Tensor, ...]  # what q, k, v and out are views of, qkv first and out last
+    call: Remote | tuple[Tensor, Tensor, Tensor]  # or q, k, v, which out hangs on
+    z_o: Tensor | None = None
+    branch: Tensor | None = None  # what o gave, if it is normalised before it is added
+
+    @property
+    def out(self) -> Tensor:
+        return self.whole[-1]
+
+    def gradients(self, dout: Tensor) -> tuple[Tensor, ...]:
+        """dq, dk and dv from the gradient of out."""
+        if isinstance(self.call, Remote):
+            return self.call.gradients(dout)
+        return torch.autograd.grad(self.out, self.call, dout)
+
+    def send(self, x: Tensor) -> Parked:
+        """Send what is large to the host, with x."""
+        if not isinstance(self.call, Remote):
+            raise TypeError("attention that was not called to be sent away")
+        parked = self.call.send(x, self.whole)
+        self.whole, self.raw, self.branch = (), None, None
+        return parked
+
+    def back(self) -> None:
+        """Bring it back."""
+        if isinstance(self.call, Remote) and not self.whole:
+            self.whole = tuple(self.call.back())
+            self.raw = None if self.rstds is None else self.whole[0]
