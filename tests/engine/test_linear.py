@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gazelle.engine.dropout import dropped
 from gazelle.engine.linear import Adapter, Gradients, Linear, Projection
+from gazelle.engine.linear_cpu import CpuProjection
 from gazelle.engine.scratch import Scratch
 from gazelle.quantize.storage import Dense
 
@@ -56,12 +57,17 @@ def plain(parts: list[Linear], x: Tensor, residual: Tensor | None, seed: Tensor 
 
 
 def run(parts: list[Linear], x: Tensor, dy: Tensor, *, residual: Tensor | None = None, seed: Tensor | None = None,
-        keep_z: bool = True, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
+        keep_z: bool = True, kind: type[Projection] = Projection) -> tuple[Tensor, Tensor, dict[int, Tensor]]:
     """Output, the gradient of x, and those of the parameters by id."""
-    projection = Projection(parts, Scratch(), 0, dtype)
-    entry = projection.input(len(x))
-    entry[:, :K] = x
+    projection = kind(parts, Scratch(), 0, x.dtype)
+    entry = projection.enter(x)
     y, z = projection.forward(entry, projection.matrix(), residual=residual, seed=seed)
+    if residual is None:
+        wide, again = projection.forward_wide(entry, projection.matrix(), seed=seed)
+        assert wide.shape == projection.output(len(x)).shape
+        tolerance = 1e-13 if x.dtype == torch.float64 else 1e-5
+        torch.testing.assert_close(wide[:, : projection.N], y, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(again, z, rtol=tolerance, atol=tolerance)
     assert (z is None) == (projection.R == 0)
     W = projection.matrix(again=True)
     d = projection.output(len(x))
@@ -76,7 +82,8 @@ def run(parts: list[Linear], x: Tensor, dy: Tensor, *, residual: Tensor | None =
 @pytest.mark.parametrize("dropout", [0.0, 0.4], ids=["", "dropout"])
 @pytest.mark.parametrize("add", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("case", CASES)
-def test_equals_each_part_alone(case: str, add: bool, dropout: float, keep_z: bool) -> None:
+@pytest.mark.parametrize("kind", [Projection, CpuProjection])
+def test_equals_each_part_alone(kind: type[Projection], case: str, add: bool, dropout: float, keep_z: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     N = sum(part[0] for part in CASES[case])
     x, dy, more = (torch.randn(T, width, generator=generator, dtype=torch.float64) for width in (K, N, N))
@@ -89,7 +96,7 @@ def test_equals_each_part_alone(case: str, add: bool, dropout: float, keep_z: bo
         (part.adapter.a, part.adapter.b) if part.adapter else ())) if tensor is not None and tensor.requires_grad]
     dx, *grads = torch.autograd.grad(want, [leaf, *tensors], dy)
     want = want.detach()
-    y, got, found = run(parts, x, dy, residual=residual, seed=seed, keep_z=keep_z)
+    y, got, found = run(parts, x, dy, residual=residual, seed=seed, keep_z=keep_z, kind=kind)
     torch.testing.assert_close(y, want, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got, dx, rtol=1e-12, atol=1e-12)
     assert len(found) == len(tensors)
@@ -98,21 +105,38 @@ def test_equals_each_part_alone(case: str, add: bool, dropout: float, keep_z: bo
         torch.testing.assert_close(found[id(tensor)], grad, rtol=1e-12, atol=1e-12)
 
 
-def test_output_in_place() -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_a_cpu_in_float32(case: str) -> None:
+    """Weights written to scratch memory at each use, too."""
+    generator = torch.Generator().manual_seed(1)
+    N = sum(part[0] for part in CASES[case])
+    x, dy = (torch.randn(T, width, generator=generator, dtype=torch.float64) for width in (K, N))
+    parts = linears(case)
+    y, dx, grads = run(parts, x, dy)
+    for dtype in (torch.float32, torch.float64):
+        narrow = [Linear(Dense(part.weight.weight.detach().to(dtype)), part.bias, part.adapter) for part in parts]
+        got = run(narrow, x.float(), dy.float(), kind=CpuProjection)
+        torch.testing.assert_close(got[:2], (y.float(), dx.float()), rtol=1e-5, atol=1e-4)
+        for name, grad in got[2].items():
+            torch.testing.assert_close(grad, grads[name], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Projection, CpuProjection])
+def test_output_in_place(kind: type[Projection]) -> None:
     parts = linears("three")
-    projection = Projection(parts, Scratch(), 0, torch.float64)
-    entry = projection.input(T)
-    entry[:, :K] = torch.linspace(-1, 1, T * K, dtype=torch.float64).view(T, K)
+    projection = kind(parts, Scratch(), 0, torch.float64)
+    entry = projection.enter(torch.linspace(-1, 1, T * K, dtype=torch.float64).view(T, K))
     wide = projection.output(T)
     y, _ = projection.forward(entry, projection.matrix(), out=wide[:, : projection.N])
     assert y.data_ptr() == wide.data_ptr()
     torch.testing.assert_close(y, plain(parts, entry[:, :K], None, None).detach())
 
 
-def test_dense_weights_become_views_of_one_matrix() -> None:
+@pytest.mark.parametrize("kind", [Projection, CpuProjection])
+def test_dense_weights_become_views_of_one_matrix(kind: type[Projection]) -> None:
     parts = linears("three")
     before = [part.weight.weight.detach().clone() for part in parts]
-    projection = Projection(parts, Scratch(), 0, torch.float64)
+    projection = kind(parts, Scratch(), 0, torch.float64)
     storages = {part.weight.weight.untyped_storage().data_ptr() for part in parts}
     assert len(storages) == 1
     assert all(torch.equal(part.weight.weight, weight) for part, weight in zip(parts, before, strict=True))

@@ -128,6 +128,12 @@ class Projection:
         """An empty [T, N + R] whose first N columns are for the output, or for its gradient."""
         return torch.empty(T, self.N + self.R, dtype=self.dtype, device=self.device)
 
+    def enter(self, x: Tensor) -> Tensor:
+        """`input` with x [T, K] in it."""
+        entry = self.input(x.shape[0])
+        entry[:, : self.K].copy_(x)
+        return entry
+
     def matrix(self, again: bool = False) -> Bordered:
         """W̃ with the adapters as they are now. For quantised weights it lies in scratch memory, where it stays until
         another projection with the same slot needs it.
@@ -137,13 +143,17 @@ class Projection:
         """
         matrix = self.kept
         if matrix is None:
-            matrix = self.scratch.matrix(self.N + self.R, self.K + self.R, self.dtype, self.device, self.slot)
+            matrix = self.scratch.matrix(*self.matrix_shape(), self.dtype, self.device, self.slot)
             for part, (rows, _) in zip(self.parts, self.spans, strict=True):
                 part.weight.write(matrix[rows, : self.K])
         a, b = matrix[self.N :, : self.K], matrix[: self.N, self.K :]
         if not (again and matrix is self.kept):
             self._fill_border(a, b)
         return Bordered(matrix, a, b)
+
+    def matrix_shape(self) -> tuple[int, int]:
+        """Of W̃."""
+        return self.N + self.R, self.K + self.R
 
     def _fill_border(self, a: Tensor, b: Tensor) -> None:
         """The adapters as they are now: a [R, K] and b [N, R]."""
@@ -176,6 +186,12 @@ class Projection:
                 y[:, rows] += part.bias.detach().to(y.dtype)
         return y, z
 
+    def forward_wide(self, x: Tensor, W: Bordered, seed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """`output` with y in it, and z."""
+        wide = self.output(x.shape[0])
+        _, z = self.forward(x, W, out=wide[:, : self.N], seed=seed)
+        return wide, z
+
     def _down(self, x: Tensor, A: Tensor, seed: Tensor | None) -> Tensor:
         """z [T, R] = xAᵀ."""
         if seed is None or not self.has_dropout:
@@ -195,15 +211,19 @@ class Projection:
         if not self.R:
             return self._input_product(dy, W)
         if seed is None or not self.has_dropout:
-            torch.mm(dy[:, : self.N], W.b, out=dy[:, self.N :])
+            self._up_gradient(dy, W, out=dy[:, self.N :])
             return self._input_product(dy, W)
-        dz = dy[:, : self.N] @ W.b
+        dz = self._up_gradient(dy, W)
         dy[:, self.N :].zero_()
         dx = self._input_product(dy, W)
         dy[:, self.N :].copy_(dz)
         for number, columns, rate in self._adapters():
             dx += dropped(dz[:, columns] @ W.a[columns], rate, seed, number)
         return dx
+
+    def _up_gradient(self, dy: Tensor, W: Bordered, out: Tensor | None = None) -> Tensor:
+        """dz [T, R] = s·dyB."""
+        return torch.mm(dy[:, : self.N], W.b, out=out)
 
     def _product(self, x: Tensor, W: Bordered, out: Tensor | None, residual: Tensor | None) -> Tensor:
         """[x, z]·[W, sB]ᵀ, plus the residual."""
@@ -297,7 +317,7 @@ class Projection:
         """The weights in one bordered matrix; each part's tensor becomes a view of its rows there."""
         sample: Any = self.parts[0].weight
         with torch.no_grad():
-            matrix = torch.zeros(self.N + self.R, self.K + self.R, dtype=sample.dtype, device=self.device)
+            matrix = torch.zeros(self.matrix_shape(), dtype=sample.dtype, device=self.device)
             for part, (rows, _) in zip(self.parts, self.spans, strict=True):
                 weight: Tensor = part.weight.weight  # type: ignore[attr-defined]
                 matrix[rows, : self.K].copy_(weight)

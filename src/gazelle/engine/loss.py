@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from gazelle.kernels.cross_entropy import cross_entropy_
+from gazelle.kernels.matmul import times
 
 CHUNK_BYTES = 256 * 2**20  # of logits that exist at a time
 
@@ -47,10 +48,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             rows = max(1, CHUNK_BYTES // (len(head) * hidden.element_size()))
             for at in range(0, len(hidden), rows):
                 part = hidden[at : at + rows]
-                logits = part @ head.t()
+                logits = times(part, head)
                 total += cross_entropy_(logits, targets[at : at + rows], scale, softcap, label_smoothing).sum()
                 if d_hidden is not None:
-                    torch.mm(logits, head, out=d_hidden[at : at + rows])
+                    times(logits, head.t(), out=d_hidden[at : at + rows])
                 if d_weight is not None:
                     d_weight += logits.t() @ part
                 del logits  # before the next chunk is made

@@ -130,8 +130,7 @@ class Pass:
     def _add_attention(self, attended: Attended, x: Tensor) -> Tensor:
         """The stream [T, H] between attention and MLP."""
         layer = self.layer
-        entry = layer.o.input(x.shape[0])
-        entry[:, : layer.o.K].copy_(attended.out.detach().flatten(1))
+        entry = layer.o.enter(attended.out.detach().flatten(1))
         mid, attended.z_o, attended.branch = self._join(layer.o, entry, layer.norms.after_attention, x,
                                                         self.call.seed(1))
         return mid
@@ -185,8 +184,7 @@ class Pass:
         layer, spec = self.layer, self.layer.spec
         entry = layer.gate_up.input(mid.shape[0])
         _, rstd = rms_norm(mid, layer.norms.mlp, spec.eps, spec.norm_offset, out=entry[:, : spec.hidden])
-        gate_up = layer.gate_up.output(mid.shape[0])
-        _, z = layer.gate_up.forward(entry, W, out=gate_up[:, : layer.gate_up.N], seed=self.call.seed(2))
+        gate_up, z = layer.gate_up.forward_wide(entry, W, seed=self.call.seed(2))
         return Expanded(gate_up, z, rstd)
 
     def _join(self, projection: Projection, entry: Tensor, after: Tensor | None, residual: Tensor,

@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gazelle.engine.fp8 import make_projection
 from gazelle.engine.keep import ATTENTION, KEEP, MLP, Keep
 from gazelle.engine.layer import Call, Layer, Norms, Shared
 from gazelle.engine.linear import Adapter, Gradients, Linear, Projection
+from gazelle.engine.linear_cpu import make_projection
 from gazelle.engine.loss import linear_cross_entropy
 from gazelle.engine.outline import Batch, LayerOutline, Outline
 from gazelle.engine.passes import Pass

@@ -25,6 +25,8 @@ def gated(gate_up: Tensor, kind: str, out: Tensor | None = None) -> Tensor:
         return activation_triton.gated(gate_up, kind, out)
     gate, up = gate_up.chunk(2, -1)
     if gate.dtype in (torch.float32, torch.float64):
+        if kind == "silu" and out is not None:
+            return torch.ops.aten.silu.out(gate, out=out).mul_(up)
         y = _act(gate, kind)
         return y.mul_(up) if out is None else torch.mul(y, up, out=out)
     y = _act(gate.float(), kind) * up
@@ -48,10 +50,18 @@ def gated_backward(gate_up: Tensor, dh: Tensor, kind: str, d_gate_up: Tensor, h:
     wide = torch.promote_types(gate_up.dtype, torch.float32)
     gate, up = (part.to(wide) for part in gate_up.chunk(2, -1))
     d = dh.to(wide)
+    d_gate, d_up = d_gate_up.chunk(2, -1)
+    if kind == "silu" and gate_up.dtype == wide:  # in few passes over memory, and little of it new
+        act = functional.silu(gate)
+        if h is not None:
+            torch.mul(act, up, out=h)
+        slope = d * up  # before d_up is written, which may be up's own memory
+        torch.mul(act, d, out=d_up)
+        torch.ops.aten.silu_backward.grad_input(slope, gate, grad_input=d_gate)
+        return d_gate_up
     act, slope = _act_and_slope(gate, kind)
     if h is not None:
         h.copy_(act * up)
-    d_gate, d_up = d_gate_up.chunk(2, -1)
     slope.mul_(up).mul_(d)  # before d_up is written, which may be up's own memory
     d_up.copy_(act.mul_(d))
     d_gate.copy_(slope)

@@ -98,7 +98,8 @@ def _kept_bytes(projection: Projection) -> int:
 
 
 def _bordered_bytes(projection: Projection, itemsize: int) -> int:
-    return (projection.N + projection.R) * (projection.K + projection.R) * itemsize
+    rows, columns = projection.matrix_shape()
+    return rows * columns * itemsize
 
 
 def _quantised_bytes(stored: str, N: int, K: int) -> int:

@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError, OptionError
 from gazelle.base.log import logger, say_once
-from gazelle.engine.fp8 import check_fp8, make_projection
+from gazelle.engine.fp8 import check_fp8
 from gazelle.engine.keep import ALL, KEEP, Keep
 from gazelle.engine.layer import Layer, Norms, Shared
 from gazelle.engine.linear import Projection
+from gazelle.engine.linear_cpu import make_projection
 from gazelle.engine.norm import final_norm
 from gazelle.engine.passes import run_layer
 from gazelle.engine.scratch import Scratch
