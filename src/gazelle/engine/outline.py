@@ -20,6 +20,7 @@ class LayerOutline:
         gradients: of what is trained in it.
         storage: how most of its weights are kept: "nf4", "int8" or "dense".
         sums: what the gradients of the MLP's adapters need of h is summed where h is made, which is kept nowhere.
+        bordered: W̃ has the adapters' columns on its right too, as it has on all devices but a CPU.
     """
 
     spec: DecoderSpec
@@ -29,13 +30,15 @@ class LayerOutline:
     gradients: int
     storage: str
     sums: bool = False
+    bordered: bool = True
 
     def matrices(self, itemsize: int) -> tuple[int, int, int, int]:
         """Each projection's matrix W̃ in the type of computation."""
         spec = self.spec
         shapes = ((spec.qkv_size, spec.hidden), (spec.hidden, spec.q_size), (2 * spec.intermediate, spec.hidden),
                   (spec.hidden, spec.intermediate))
-        qkv, o, gate_up, down = ((N + R) * (K + R) * itemsize for (N, K), R in zip(shapes, self.borders, strict=True))
+        qkv, o, gate_up, down = ((N + R) * (K + R * self.bordered) * itemsize
+                                 for (N, K), R in zip(shapes, self.borders, strict=True))
         return qkv, o, gate_up, down
 
 

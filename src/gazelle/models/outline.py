@@ -87,8 +87,10 @@ def _layer_outline(layer: Layer, itemsize: int, stored: str | None, precision: s
     gradients = sum(4 * tensor.numel() for tensor in layer.trainable)
     mlp = (layer.gate_up, layer.down)
     sums = itemsize == 2 and all(projection.R and not projection.has_dropout for projection in mlp)
+    bordered = all(projection.matrix_shape()[1] == projection.K + projection.R for projection in layer.projections)
     return LayerOutline(layer.spec, (borders[0], borders[1], borders[2], borders[3]), weights,
-                        (scratch[0], scratch[1], scratch[2], scratch[3]), gradients, stored, sums)
+                        (scratch[0], scratch[1], scratch[2], scratch[3]), gradients, stored, sums=sums,
+                        bordered=bordered)
 
 
 def _kept_bytes(projection: Projection) -> int:
