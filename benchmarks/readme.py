@@ -24,6 +24,7 @@ def demo_table(result: dict[str, Any]) -> str:
     return "\n".join([*lines, "", sentence])
 
 
+PEERS = ("trl", "liger-kernel", "unsloth")  # packages of other libraries
 NAMES = {"hf": "TRL + PEFT", "liger": "Liger", "unsloth": "Unsloth", "unsloth-keep": "Unsloth without checkpointing"}
 
 
@@ -39,7 +40,9 @@ def step_table(result: dict[str, Any], file: str) -> str:
             if other["row"] == entry["row"] and other["who"] != "gazelle" and other["error"] is None)
         lines.append(f"| {entry['label']} | {entry['tokens_per_second']:,.0f} tokens/s | {entry['peak_gb']:.1f} GiB "
                      f"| {others or 'not measured'} |")
-    versions = versions_of(result["versions"])
+    alone = all(entry["who"] == "gazelle" for entry in result["results"])
+    versions = versions_of({name: version for name, version in result["versions"].items()
+                            if not (alone and name in PEERS)})
     sentence = f"Random weights, steady training steps ({result['date']}, {versions}; [all figures]({file}))."
     return "\n".join([*lines, "", sentence])
 
@@ -59,7 +62,7 @@ def cpu_sentence(result: dict[str, Any], file: str) -> str:
 
 
 def versions_of(versions: dict[str, str]) -> str:
-    shown = ("gazelle", "torch", "transformers", "peft", "trl", "liger-kernel", "unsloth")
+    shown = ("gazelle", "torch", "transformers", "peft", *PEERS)
     return ", ".join(f"{name} {versions[name]}" for name in shown if name in versions)
 
 

@@ -202,7 +202,7 @@ def test_the_peak_of_a_step(family: str, name: str) -> None:
     add_gradients_in_place(model, True)  # as the trainer does, from the second step on here
     for module in swapped_layers(model):
         module.gazelle.keep = keep
-    batch = packed(rows(0, lengths), "cuda")
+    batch = packed(rows(0, lengths), "cuda") | {"uniform": True}
     labelled = int((batch["labels"] != -100).sum())
     size = Batch(sum(lengths), labelled, max(lengths))
     peaks = []
