@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-
 from tests.models.families import LONG_ROPE, make
 
 TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "

@@ -4,6 +4,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from tests.llama import Llama, quantize
+from tests.models.families import FAMILIES
 from transformers import AutoModelForCausalLM
 
 from gazelle.base.errors import ModelError
@@ -11,8 +13,6 @@ from gazelle.export.gguf import export_gguf
 from gazelle.export.gguf_recipe import RECIPES
 from gazelle.models.gguf import convert_gguf
 from gazelle.models.gguf_file import read_gguf
-from tests.llama import Llama, quantize
-from tests.models.families import FAMILIES
 
 IDS = [5, 300, 17, 42, 42, 8, 260, 99, 3, 77, 150, 201, 7, 9, 11, 350, 64, 65, 66, 67]
 FLOAT32 = {False: 2e-5, True: 2e-3}  # the larger bound is for GELU: a last bit decides which half float is looked up
