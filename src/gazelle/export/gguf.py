@@ -26,6 +26,7 @@ from gazelle.models.save import check_readable, check_space, still_tied
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+_PHI3_TOKENS = {"<s>", "</s>", "<unk>", "<|endoftext|>"}
 _HEADER = 1 << 20  # allowed for metadata besides the vocabulary, which is counted
 
 
@@ -64,7 +65,7 @@ def export_gguf(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | 
     paths = [target / f"model-{name.upper()}.gguf" for name in recipes]
     check_space(target, sum(_size(recipe, names, shape, fields) for recipe in recipes.values()))
     target.mkdir(parents=True, exist_ok=True)
-    with _outputs(paths, list(recipes.values()), family, fields, _title(model, tokenizer, target)) as outputs:
+    with _outputs(paths, list(recipes.values()), family, fields, _title(tokenizer, target)) as outputs:
         for output, recipe in zip(outputs, recipes.values(), strict=True):
             for name, tensor in extra.items():
                 output.announce(name, tuple(tensor.shape), "f32")
@@ -168,14 +169,12 @@ def _seventy_b(config: "PretrainedConfig") -> bool:
                                                or (config.model_type in ("llama", "mistral") and grouped))
 
 
-def _title(model: Any, tokenizer: Any, target: Path) -> str:
-    """The model's name. By it llama.cpp knows Phi-3, whose special tokens swallow the spaces behind them."""
+def _title(tokenizer: Any, target: Path) -> str:
+    """The model's name. Where it says Phi-3, llama.cpp looks for tokens of Phi-3 and has special ones swallow spaces."""
     name = target.name
-    if unwrap(model).config.model_type == "phi3":
-        known = "phi-3" in name.lower() or "phi3" in name.lower()
-        strips = any(token.special and token.rstrip for token in tokenizer.added_tokens_decoder.values())
-        if strips and not known:
-            return f"Phi-3 {name}"
-        if known and not strips:
-            return "model"
-    return name
+    named = "phi-3" in name.lower() or "phi3" in name.lower()
+    strips = any(token.special and token.rstrip for token in tokenizer.added_tokens_decoder.values()) \
+        and _PHI3_TOKENS <= tokenizer.get_vocab().keys()
+    if named == strips:
+        return name
+    return f"Phi-3 {name}" if strips else "model"
