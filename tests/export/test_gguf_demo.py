@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from tests.llama import Llama, quantize
 
 from gazelle.export.gguf import export_gguf
 from gazelle.models.gguf_file import read_gguf
-from tests.llama import Llama, quantize
 
 QUESTIONS = [
     "What is the capital of France?", "Write a haiku about rain.", "List three prime numbers.", "Why is the sky blue?",
     "Translate 'good morning' to Spanish.", "def fibonacci(n):", "Who wrote Hamlet?", "How do I boil an egg?",
-    "What is 12 times 12?", "Name a large river in Africa.", "Tell me about photosynthesis.", "What does HTML stand for?",
+    "What is 12 times 12?", "Name a large river in Africa.", "Tell me about photosynthesis.", "What is HTML?",
     "Give me a recipe for pancakes.", "Explain gravity to a child.", "What is the opposite of hot?",
     "SELECT the names of all users", "Who was the first person on the Moon?", "What is a noun?",
     "How many days are in a week?", "Write a short letter to a friend.",

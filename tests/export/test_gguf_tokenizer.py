@@ -3,6 +3,8 @@
 import random
 
 import pytest
+from tests.export.conftest import TEXTS, byte_level, sentencepiece
+from tests.llama import Llama
 from tokenizers import Regex, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
@@ -11,8 +13,6 @@ from gazelle.export.gguf import export_gguf
 from gazelle.models.gguf import convert_gguf
 from gazelle.models.gguf_file import read_gguf
 from gazelle.models.gguf_tokenizer import LLAMA3_SPLIT, QWEN2_SPLIT
-from tests.export.conftest import TEXTS, byte_level, sentencepiece
-from tests.llama import Llama
 
 CASED = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"

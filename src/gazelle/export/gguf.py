@@ -21,6 +21,7 @@ from gazelle.export.gguf_file import GgufOutput, file_fields
 from gazelle.export.gguf_recipe import Recipe, Shape, find_recipes, kind_of
 from gazelle.export.gguf_tokenizer import tokenizer_fields
 from gazelle.models.checkpoint import check_finite
+from gazelle.models.load import quiet
 from gazelle.models.save import check_readable, check_space, still_tied
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def _names(config: "PretrainedConfig", family: Family, tied: bool) -> dict[str, 
 
     plain = type(config).from_dict({key: value for key, value in config.to_dict().items()
                                     if key != "quantization_config"})
-    with torch.device("meta"):
+    with torch.device("meta"), quiet():
         skeleton = AutoModelForCausalLM.from_config(plain)
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
@@ -170,11 +171,11 @@ def _seventy_b(config: "PretrainedConfig") -> bool:
 
 
 def _title(tokenizer: Any, target: Path) -> str:
-    """The model's name. Where it says Phi-3, llama.cpp looks for tokens of Phi-3 and has special ones swallow spaces."""
+    """The model's name. Where that says Phi-3, llama.cpp looks for its tokens and has special ones swallow spaces."""
     name = target.name
     named = "phi-3" in name.lower() or "phi3" in name.lower()
     strips = any(token.special and token.rstrip for token in tokenizer.added_tokens_decoder.values()) \
-        and _PHI3_TOKENS <= tokenizer.get_vocab().keys()
+        and _PHI3_TOKENS.issubset(tokenizer.get_vocab())
     if named == strips:
         return name
     return f"Phi-3 {name}" if strips else "model"

@@ -11,7 +11,7 @@ from gazelle.export.gguf_recipe import Recipe
 from gazelle.quantize.gguf import quantize
 
 Fields = dict[str, Any]
-_CHUNK = 1 << 24  # values quantised at a time: what a quantiser needs besides its input and output stays small
+_CHUNK = 1 << 22  # values quantised at a time: what a quantiser needs besides its input and output stays small
 _LARGEST_HALF = 65504.0
 
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 KINDS = ("f32", "f16", "bf16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0")
 
 
-def quantize(weight: "Tensor", kind: str, importance: "Tensor | None" = None) -> "Tensor":
+def quantize(weight: "Tensor", kind: str, importance: "Tensor | None" = None) -> "Tensor":  # noqa: ARG001
     """[N, K] float32 as uint8 [N, bytes of a row]; `importance` is not used here."""
     import gguf
     import torch
