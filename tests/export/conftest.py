@@ -78,7 +78,8 @@ TEXTS = [
     "hello there, the cat sat on the mat; it's 1234 o'clock and we'LL see.",
     "def add(a, b):\n    return a + b\n\n\nfor i in range(10):\n\tprint(i)  # naïve",
     "  leading and   inner    spaces, trailing   ", "emoji 🙂👩‍👩‍👧 and 中文字符 and ελληνικά and עברית",
-    "x = {'a': [1, 2, 3]};\r\n\r\n<div class=\"c\">&amp;</div>", "...!!! ?? #$%^&*()_+-=[]{}|", "100000000 3.14159 0x1F",
+    "x = {'a': [1, 2, 3]};\r\n\r\n<div class=\"c\">&amp;</div>",
+    "...!!! ?? #$%^&*()_+-=[]{}|", "100000000 3.14159 0x1F",
 ]
 
 

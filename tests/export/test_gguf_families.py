@@ -13,6 +13,7 @@ from gazelle.export.gguf import export_gguf
 from gazelle.export.gguf_recipe import RECIPES
 from gazelle.models.gguf import convert_gguf
 from gazelle.models.gguf_file import read_gguf
+from gazelle.quantize.gguf import KINDS
 
 IDS = [5, 300, 17, 42, 42, 8, 260, 99, 3, 77, 150, 201, 7, 9, 11, 350, 64, 65, 66, 67]
 FLOAT32 = {False: 2e-5, True: 2e-3}  # the larger bound is for GELU: a last bit decides which half float is looked up
@@ -124,6 +125,19 @@ def test_formats_are_those_of_llama_cpp(family, tied, columns, method, model, to
     theirs = {name: gguf.GGMLQuantizationType(entry.kind).name.lower()
               for name, entry in read_gguf(tmp_path / "theirs.gguf").tensors.items()}
     assert kinds == theirs
+
+
+@pytest.mark.parametrize("method", RECIPES)
+def test_every_recipe_runs_in_llama_cpp(method, model, tokenizer, tmp_path):
+    if not {RECIPES[method].kind, "q6_k"} <= set(KINDS):
+        pytest.skip("the formats with blocks of 256 are not here yet")
+    original = model("llama", tied=False, num_hidden_layers=4, hidden_size=256, intermediate_size=512,
+                     num_attention_heads=8, num_key_value_heads=2, head_dim=32)
+    path, = export_gguf(original, tokenizer, tmp_path, method)
+    with Llama(path) as llama:
+        got = llama.logits(IDS)
+    alike = np.corrcoef(got.ravel(), logits(original).ravel())[0, 1]
+    assert alike > {"q2_k": 0.8, "q3_k": 0.95}.get(RECIPES[method].kind, 0.98)
 
 
 @pytest.mark.parametrize(("family", "options", "found"), [
