@@ -54,11 +54,12 @@ def test_answers_are_those_of_transformers(f16, demo_model, demo_tokenizer):
 def test_more_answers_are_those_of_transformers(f16, demo_model, demo_tokenizer, tmp_path):
     """float16 gives the same 48 tokens. In 8 bits about one of 50 turns out otherwise, as with llama.cpp's own file."""
     wanted = answers(demo_model(), demo_tokenizer, QUESTIONS)
-    assert agreement(f16, wanted).all(-1).sum() >= 18
+    same = agreement(f16, wanted).all(-1).sum()
+    assert same >= 18
     q8_0, = export_gguf(demo_model(), demo_tokenizer, tmp_path, "q8_0")
     quantize(f16, tmp_path / "theirs.gguf", 7)
     ours, theirs = agreement(q8_0, wanted).mean(), agreement(tmp_path / "theirs.gguf", wanted).mean()
-    print(f"tokens that agree in 8 bits: {ours:.4f}, in llama.cpp's own file {theirs:.4f}")
+    print(f"float16: {same} of 20 answers; tokens that agree in 8 bits: {ours:.4f}, in llama.cpp's own file {theirs:.4f}")
     assert ours > 0.96
     assert ours > theirs - 0.01
 
