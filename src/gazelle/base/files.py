@@ -56,19 +56,30 @@ def staged_folder(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` in one step: a reader sees the earlier file or the whole new one."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+@contextlib.contextmanager
+def staged_file(target: Path) -> Iterator[Path]:
+    """An empty file beside `target`, in its existing folder, that takes its name when the block ends without an error.
+
+    The earlier `target`, if any, stays as it was until then, and for good when the block raises.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    staging = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        yield staging
         umask = os.umask(0)
         os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(path)
+        staging.chmod(0o666 & ~umask)  # mkstemp makes it private; the finished file is an ordinary one
+        staging.replace(target)
     except BaseException:
-        Path(name).unlink()
+        staging.unlink(missing_ok=True)
         raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` in one step: a reader sees the earlier file or the whole new one."""
+    with staged_file(path) as staging:
+        staging.write_text(text, encoding="utf-8")
 
 
 def cache_folder() -> Path:

@@ -60,6 +60,18 @@ def chat(
 
 
 @app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Folder that training wrote, or any checkpoint.")],
+    to: Annotated[str, typer.Option(help="Format and ways of quantising: gguf:q4_k_m,q8_0")] = "gguf:q8_0",
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder. Default: MODEL-gguf.")] = None,
+) -> None:
+    """Write a model, its adapter merged, in another format: GGUF for llama.cpp, Ollama and LM Studio."""
+    from gazelle.cli.export import export_command
+
+    export_command(model, to, output)
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Hub name, folder or GGUF file; only its config is read.")],
     seq: Annotated[int | None, typer.Option(help="Longest row in tokens. Default: 2048, or the model's limit.")] = None,

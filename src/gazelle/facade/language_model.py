@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 from gazelle.adapters.lora import add_lora
 from gazelle.adapters.tokens import resize_token_embeddings
+from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import log_to_terminal, say_once
+from gazelle.facade.exporting import loaded_tokenizer
 from gazelle.models.load import load_model
 from gazelle.models.record import record_base
 from gazelle.models.save import save_merged
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -138,17 +142,53 @@ class FastLanguageModel:
 
 def bind(model: Any) -> Any:
     """Give a model object the methods that people call on it. Nothing but this one object changes."""
-    if hasattr(model, "peft_config"):
-        model.save_pretrained = types.MethodType(_save_adapter, model)
+    model.save_pretrained = types.MethodType(_save_pretrained, model)
+    model.save_pretrained_gguf = types.MethodType(_save_pretrained_gguf, model)
     model.save_pretrained_merged = types.MethodType(_save_pretrained_merged, model)
     model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
     return model
 
 
-def _save_adapter(self: "PeftModel", save_directory: str, *args: Any, **options: Any) -> None:
-    """As in PEFT. Added tokens are saved as rows of their own, so a resized embedding need not be saved whole."""
-    type(self).save_pretrained(self, str(save_directory), *args, **{"save_embedding_layers": False} | options)
-    record_base(self, save_directory)
+def _save_pretrained(self: "PreTrainedModel", save_directory: str, *args: Any, save_format: str = "safetensors",
+                     **options: Any) -> None:
+    """As in transformers or, for an adapter, PEFT; or with `save_format="gguf"` as `save_pretrained_gguf`.
+
+    Added tokens are saved with an adapter as rows of their own, so a resized embedding need not be saved whole.
+    """
+    if save_format == "gguf":
+        _save_pretrained_gguf(self, save_directory, *args, **options)
+        return
+    if save_format != "safetensors":
+        raise OptionError("there is no such format to save a model in", where="save_format", found=save_format,
+                          expected="safetensors or gguf", fix=nearest(save_format, ("safetensors", "gguf")))
+    if hasattr(self, "peft_config"):
+        type(self).save_pretrained(self, str(save_directory), *args, **{"save_embedding_layers": False} | options)
+        record_base(self, save_directory)
+    else:
+        type(self).save_pretrained(self, save_directory, *args, **options)
+
+
+def _save_pretrained_gguf(
+    self: "PreTrainedModel",
+    save_directory: str,
+    tokenizer: "PreTrainedTokenizerBase | None" = None,
+    quantization_method: str | list[str] = "q8_0",
+) -> "list[Path]":
+    """Write GGUF files for llama.cpp, Ollama and LM Studio, such as `model-Q4_K_M.gguf`; an adapter is merged first.
+
+    Args:
+        save_directory: made if need be; other files in it stay. Each file appears whole or not at all.
+        tokenizer: written into the files. Left out: the one that the model was loaded with.
+        quantization_method: "q4_k_m", "q8_0", "f16" or another one of llama.cpp's names, or a list of them.
+
+    Returns:
+        The files.
+    """
+    from gazelle.export.gguf import export_gguf
+
+    if tokenizer is None:
+        tokenizer = loaded_tokenizer(self)
+    return export_gguf(self, tokenizer, save_directory, quantization_method)
 
 
 def _save_pretrained_merged(

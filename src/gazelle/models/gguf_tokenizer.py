@@ -17,16 +17,16 @@ if TYPE_CHECKING:
 
 _CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
 
-_LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+QWEN2_SPLIT = LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
 
 # tokenizer.ggml.pre -> (splitting rule, one token per digit)
 _SPLITS: dict[str, tuple[str | None, bool]] = {
     **dict.fromkeys(("gpt-2", "phi-2", "olmo", "mpt"), (None, False)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "codeshell"), (None, True)),
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), (_LLAMA3, False)),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (_QWEN2, False)),
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "dbrx", "smaug-bpe"), (LLAMA3_SPLIT, False)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), (QWEN2_SPLIT, False)),
 }
 _IGNORE_MERGES = ("llama-bpe", "llama3", "llama-v3")
 
@@ -121,7 +121,7 @@ def _byte_level(file: GgufFile, tokens: list[str]) -> "Tokenizer":
         steps.append(pre_tokenizers.Digits(individual_digits=True))
     steps.append(pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule is None))
     backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
-    if rule is _QWEN2:
+    if rule is QWEN2_SPLIT:
         backend.normalizer = normalizers.NFC()
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)

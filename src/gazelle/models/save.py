@@ -69,9 +69,9 @@ def save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase | None", folder:
     if save_method == "lora":
         return _save_adapter(model, tokenizer, target)
     base = unwrap(model)
-    _check_readable(base)
+    check_readable(base)
     generation = _generation_config(base)
-    _check_space(target, _numel(base) * kept_as.itemsize)
+    check_space(target, _numel(base) * kept_as.itemsize)
     with staged_folder(target) as staging:
         tied = _write_weights(model, base, kept_as, limit, staging)
         _write_configs(base, kept_as, tied, staging)
@@ -129,7 +129,8 @@ def _is_ours(entry: Path) -> bool:
     return any(entry.match(name) for name in _OURS)
 
 
-def _check_readable(base: Any) -> None:
+def check_readable(base: Any) -> None:
+    """Raise `ModelError` if the weights of `base`, a model without its adapter, are quantised past reading back."""
     settings = getattr(base.config, "quantization_config", None)
     method = settings.get("quant_method") if isinstance(settings, dict) else getattr(settings, "quant_method", None)
     kind = str(getattr(method, "value", method))
@@ -157,7 +158,8 @@ def _generation_config(base: Any) -> "GenerationConfig | None":
     return config
 
 
-def _check_space(target: Path, needed: int) -> None:
+def check_space(target: Path, needed: int) -> None:
+    """Raise `OutputError` if the disk on which `target` lies, or will lie, has less than `needed` bytes free."""
     nearest_folder = next(folder for folder in (target, *target.parents) if folder.exists())
     free = shutil.disk_usage(nearest_folder).free
     if needed > free:
@@ -193,7 +195,7 @@ def _save_adapter(model: Any, tokenizer: "PreTrainedTokenizerBase | None", targe
 def _write_weights(model: Any, base: Any, dtype: torch.dtype, limit: int, folder: Path) -> bool:
     """Write all tensors; True if there are tied weights that are still equal and were written once."""
     tied_names = dict(getattr(base, "all_tied_weights_keys", {}))
-    tied = _still_tied(model, tied_names)
+    tied = still_tied(model, tied_names)
     writer = ShardWriter(folder, limit)
     with _plain_conversions(base):
         for name, tensor in _disk_tensors(model, base, tied_names if tied else {}):
@@ -226,7 +228,7 @@ def _disk_tensors(model: Any, base: Any, tied_names: dict[str, str]) -> Iterator
             yield from revert_weight_conversion(base, {name: tensor}).items()
 
 
-def _still_tied(model: Any, tied_names: dict[str, str]) -> bool:
+def still_tied(model: Any, tied_names: dict[str, str]) -> bool:
     """Whether the tied weights are equal after merging: an adapter on one end alone unties them."""
     if not tied_names:
         return False
