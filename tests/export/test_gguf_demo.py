@@ -59,7 +59,7 @@ def test_more_answers_are_those_of_transformers(f16, demo_model, demo_tokenizer,
     q8_0, = export_gguf(demo_model(), demo_tokenizer, tmp_path, "q8_0")
     quantize(f16, tmp_path / "theirs.gguf", 7)
     ours, theirs = agreement(q8_0, wanted).mean(), agreement(tmp_path / "theirs.gguf", wanted).mean()
-    print(f"float16: {same} of 20 answers; tokens that agree in 8 bits: {ours:.4f}, in llama.cpp's own file {theirs:.4f}")
+    print(f"float16: {same} of 20 answers; of tokens, 8 bits {ours:.4f}, llama.cpp's own file {theirs:.4f}")
     assert ours > 0.96
     assert ours > theirs - 0.01
 
