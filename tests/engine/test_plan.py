@@ -408,3 +408,13 @@ def test_the_last_layer_keeps_for_nothing() -> None:
     plan = make_plan(outline, BATCH, low, RATES)
     before: Callable[[Keep], int] = level
     assert before(plan.keeps[-1]) > before(plan.keeps[0])
+
+
+def test_attention_leaves_only_where_its_kernel_lets_it() -> None:
+    """With soft-caps it is compiled, and nothing else differs."""
+    outline = model(storage="dense")
+    capped = replace(outline, layers=tuple(replace(layer, spec=replace(layer.spec, softcap=50.0))
+                                           for layer in outline.layers))
+    rates = replace(RATES, link=1e11)
+    for each, leaves in ((outline, True), (capped, False)):
+        assert any(keep.attention_host for keep in make_plan(each, BATCH, 20 * 10**9, rates).keeps) == leaves

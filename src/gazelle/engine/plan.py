@@ -109,11 +109,13 @@ def make_plan(outline: Outline, batch: Batch, budget: int, rates: Rates | None, 
         TooSmallError: nothing fits.
     """
     drafts: list[_Draft] = []
+    # FlexAttention is compiled: what it saves for its backward pass cannot be sent away.
+    leaves = all(layer.spec.softcap is None for layer in outline.layers)
 
     def fastest_of(chunks: list[int | None], embeddings: list[bool], streamed: int = 0) -> Plan | None:
         tried = [_Draft(outline, batch, rates, options, embedding_on_host=embedding, streamed=streamed)
                  for chunk in chunks for embedding in embeddings
-                 if (options := choices(host=host, chunk=chunk, allowed=allowed))]
+                 if (options := choices(host=host, away=leaves, chunk=chunk, allowed=allowed))]
         drafts.extend(tried)
         plans = [(plan, draft) for draft in tried if (plan := draft.plan(budget)) is not None]
         return min(plans, key=lambda found: found[1].seconds(found[0].keeps))[0] if plans else None
@@ -129,11 +131,12 @@ def make_plan(outline: Outline, batch: Batch, budget: int, rates: Rates | None, 
     raise TooSmallError(min(draft.smallest() for draft in drafts))
 
 
-def choices(*, host: bool, chunk: int | None = None, allowed: Callable[[Keep], bool] | None = None) -> list[Keep]:
-    """All that a layer may choose from."""
+def choices(*, host: bool, away: bool = True, chunk: int | None = None,
+            allowed: Callable[[Keep], bool] | None = None) -> list[Keep]:
+    """All that a layer may choose from; `away`: attention's tensors may leave for the host."""
     found = [replace(keep, host=there) for there in ([False, True] if host else [False])
              for keep in (KEEP, MLP, ATTENTION, ALL)]
-    found += [replace(AWAY, mlp=mlp) for mlp in (True, False) if host]
+    found += [replace(AWAY, mlp=mlp) for mlp in (True, False) if host and away]
     return [replace(keep, chunk=None if keep.mlp else chunk) for keep in found if allowed is None or allowed(keep)]
 
 
