@@ -157,8 +157,9 @@ def test_figures_of_a_layer() -> None:
     assert footprint(layer, KEEP, 10, 2).backward == stream + 1000 + attention
     assert footprint(layer, Keep(mlp=False), 10, 2).backward == stream + 1000 + 2 * inner + expanded
     assert footprint(layer, ALL, 10, 2).backward == stream + 1000 + 2 * inner + expanded + attended + x
-    # Where what adapters need of h is summed as it is made, there is dh alone.
-    assert footprint(replace(layer, sums=True), ALL, 10, 2).backward == stream + 1000 + inner + expanded + attended + x
+    # Where what adapters need of h is summed as it is made, there is dh alone, and the sums.
+    summed = footprint(replace(layer, sums=7), ALL, 10, 2).backward
+    assert summed == stream + 1000 + inner + 7 + expanded + attended + x
     chunked = footprint(layer, replace(ALL, chunk=8), 10, 2)
     assert chunked.backward == stream + 1000 + (2 * inner + expanded) * 8 // 10 + attended + x
 

@@ -23,7 +23,7 @@ def drawn(*shape, dtype, device, seed):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("add", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("across", [False, True], ids=["rows of b", "columns of b"])
-@pytest.mark.parametrize(("T", "N", "R"), [(5, 7, 3), (64, 128, 16), (70, 300, 40)])
+@pytest.mark.parametrize(("T", "N", "R"), [(5, 7, 3), (64, 128, 16), (70, 300, 40), (9, 20, 150)])
 def test_the_sum(op, device, dtype, add, across, T, N, R):
     if op is low_rank_triton and dtype == torch.bfloat16:
         pytest.skip("the interpreter multiplies no bfloat16")

@@ -72,7 +72,7 @@ def footprint(layer: LayerOutline, keep: Keep, T: int, itemsize: int) -> Footpri
         fixed += 2 * parked + stream
     if not keep.attention:
         fixed += attended
-    mlp = max(inner if layer.sums else 2 * inner, entry) + branch
+    mlp = max(inner + (layer.sums or inner), entry) + branch
     if not keep.mlp:
         mlp += gate_up + (branch if spec.post_norms else 0)
     if keep.attention_host or not (keep.attention or keep.mlp):  # the stream between the halves, made again

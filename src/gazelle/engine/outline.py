@@ -19,7 +19,8 @@ class LayerOutline:
         scratch: each projection's matrix W̃ once it is dequantised; 0 for one that is kept so.
         gradients: of what is trained in it.
         storage: how most of its weights are kept: "nf4", "int8" or "dense".
-        sums: what the gradients of the MLP's adapters need of h is summed where h is made, which is kept nowhere.
+        sums: of what the MLP's adapters need of h, which is summed where h is made, so that h is kept nowhere; 0 for a
+            layer where h is.
         bordered: W̃ has the adapters' columns on its right too, as it has on all devices but a CPU.
     """
 
@@ -29,7 +30,7 @@ class LayerOutline:
     scratch: tuple[int, int, int, int]
     gradients: int
     storage: str
-    sums: bool = False
+    sums: int = 0
     bordered: bool = True
 
     def matrices(self, itemsize: int) -> tuple[int, int, int, int]:

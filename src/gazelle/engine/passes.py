@@ -205,6 +205,7 @@ class Pass:
 
     def backward(self, dy: Tensor, grads: Gradients, *, wants_input: bool) -> Tensor | None:
         """The gradient of x [T, H], in the buffer that the layers share."""
+        self.fetch()
         if (below := self.below() if self.below is not None else None) is not None:
             below.fetch()
         if self.x is None:

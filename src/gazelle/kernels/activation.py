@@ -15,6 +15,7 @@ from gazelle.kernels.factors import Factors
 
 KINDS = ("silu", "gelu_tanh", "gelu")
 MOST_RANKS = 64  # adapter columns that `gated_backward_sums` takes
+MOST_PIECES = 16  # that it cuts tokens into
 
 
 def gated(gate_up: Tensor, kind: str, out: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gazelle.kernels.activation import MOST_PIECES
 from gazelle.kernels.factors import Factors
 from gazelle.kernels.factors_triton import cut
 
@@ -131,7 +132,7 @@ def gated_backward_sums(gate_up: Tensor, dh: Tensor, kind: str, z: Tensor, dz: T
     gate, up = (next(((part.columns.start, part.a.shape[0]) for part in parts
                       if part.rows.start <= row < part.rows.stop), (0, 0)) for row in (0, width))
     blocks = triton.cdiv(width, _COLUMNS)
-    pieces, steps = cut(tokens, blocks, _TOKENS, _PROGRAMS)
+    pieces, steps = cut(tokens, blocks, _TOKENS, min(_PROGRAMS, MOST_PIECES * blocks))
     of_a = torch.empty(pieces, columns, width, dtype=torch.float32, device=dh.device)
     of_b = torch.empty(pieces, 2 * width, widest, dtype=torch.float32, device=dh.device)
     _backward_sums[(blocks, pieces)](

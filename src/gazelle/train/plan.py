@@ -16,6 +16,7 @@ from gazelle.base.errors import OptionError, TrainingError
 from gazelle.base.log import logger, say_once
 from gazelle.base.sizes import gigabytes, parse_bytes
 from gazelle.data.encode import Encoded
+from gazelle.engine import offload
 from gazelle.engine.keep import ALL, KEEP, OFFLOAD, Keep
 from gazelle.engine.outline import Batch, Outline
 from gazelle.engine.plan import Plan, Rates, TooSmallError, make_plan
@@ -144,6 +145,7 @@ class RunPlan:
             self._stack = stack.pop_all()
 
     def _leave(self) -> None:
+        offload.empty()
         if self._stack is not None:
             self._stack.close()
             self._stack = None
