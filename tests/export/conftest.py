@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from tests.models.families import LONG_ROPE, make
 
 TEMPLATE = ("{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] "
@@ -89,9 +88,6 @@ def tokenizer() -> Any:
     return byte_level()
 
 
-@pytest.fixture(scope="session", autouse=True)
-def few_threads() -> Any:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+@pytest.fixture(autouse=True)
+def few_threads(one_thread: None) -> None:
+    """For every test here."""

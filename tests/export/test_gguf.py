@@ -266,3 +266,38 @@ def test_memory_is_little_more_than_the_largest_tensor(tmp_path, model, tokenize
     whole = sum(file.stat().st_size for file in folder.glob("*.safetensors")) / 2**20
     assert whole > 190
     assert int(out) < 100  # the largest tensor has 16 MB in float32
+
+
+def test_a_language_model_inside_another_model_is_refused(tokenizer, tmp_path):
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    text = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 16,
+            "num_attention_heads": 2, "num_key_value_heads": 1}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}
+    whole = Gemma3ForConditionalGeneration(Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4))
+    with pytest.raises(ModelError, match="text alone"):
+        export_gguf(whole, tokenizer, tmp_path / "out", "f16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_llama_cpp_does_not_know_is_refused_before_anything_is_written(model, tokenizer, tmp_path):
+    with pytest.raises(ModelError, match="bias"):
+        export_gguf(model("qwen3", attention_bias=True), tokenizer, tmp_path / "out", "f16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_in_the_place_of_the_file(model, tokenizer, tmp_path):
+    (tmp_path / "model-F16.gguf").mkdir()
+    with pytest.raises(OutputError, match="a folder has the name"):
+        export_gguf(model("llama"), tokenizer, tmp_path, "f16")
+
+
+def test_a_weight_beyond_a_format_is_named(model, tokenizer, tmp_path):
+    plain = model("llama", hidden_size=64, num_attention_heads=4, head_dim=16)
+    with torch.no_grad():
+        plain.model.layers[1].mlp.up_proj.weight[3, 5] = 1e6
+    with pytest.raises(ModelError, match="too large") as caught:
+        export_gguf(plain, tokenizer, tmp_path, "q4_0")
+    assert caught.value.where == "blk.1.ffn_up.weight" and "bf16" in caught.value.fix
+    assert not list(tmp_path.iterdir())

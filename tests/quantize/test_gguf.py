@@ -185,6 +185,7 @@ def test_weights_that_cannot_be_held(kind, bad):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("kind", KINDS)
 def test_on_a_gpu(kind):
     torch.manual_seed(0)

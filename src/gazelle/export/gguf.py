@@ -14,9 +14,9 @@ from torch import Tensor
 
 from gazelle.adapters.merge import merged_tensors
 from gazelle.adapters.unwrap import unwrap
-from gazelle.base.errors import ModelError
+from gazelle.base.errors import ModelError, OutputError
 from gazelle.base.files import check_writable, staged_file
-from gazelle.export.gguf_families import Family, converted, family_of, fields_of
+from gazelle.export.gguf_families import Family, check_bias, converted, family_of, fields_of
 from gazelle.export.gguf_file import GgufOutput, file_fields
 from gazelle.export.gguf_recipe import Recipe, Shape, find_recipes, kind_of
 from gazelle.export.gguf_tokenizer import tokenizer_fields
@@ -54,6 +54,10 @@ def export_gguf(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | 
     recipes = find_recipes(methods)
     base = unwrap(model)
     config = base.config.get_text_config()
+    if config is not base.config:
+        raise ModelError("only models of text alone can be written as GGUF", where=type(base).__name__,
+                         found="a language model inside another model", expected="a causal language model",
+                         fix="load its text part, AutoModelForCausalLM with config.text_config, and export that")
     family = family_of(config)
     fields, extra = fields_of(config, family)
     check_readable(base)
@@ -64,9 +68,13 @@ def export_gguf(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | 
     shape = Shape(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, tied,
                   _seventy_b(config))
     paths = [target / f"model-{name.upper()}.gguf" for name in recipes]
+    for path in paths:
+        if path.is_dir():
+            raise OutputError("a folder has the name of the file", where=str(path), found="a folder",
+                              expected="a file, or nothing", fix="move it away, or export to another folder")
     check_space(target, sum(_size(recipe, names, shape, fields) for recipe in recipes.values()))
     target.mkdir(parents=True, exist_ok=True)
-    with _outputs(paths, list(recipes.values()), family, fields, _title(tokenizer, target)) as outputs:
+    with _outputs(paths, list(recipes.values()), family, fields, _title(tokenizer, base, target)) as outputs:
         for output, recipe in zip(outputs, recipes.values(), strict=True):
             for name, tensor in extra.items():
                 output.announce(name, tuple(tensor.shape), "f32")
@@ -96,6 +104,9 @@ def _weights(model: Any, names: dict[str, tuple[str, tuple[int, ...]]], family: 
         del tensor
         check_finite([(name, weight)], "the merged model")
         yield target, converted(name, weight, family, config)
+    if (missing := next(expected, None)) is not None:
+        raise ModelError("a weight is not in the model", where=missing, found="none of this name",
+                         expected=str(names[missing][1]), fix="load the model from an unchanged checkpoint")
 
 
 @contextlib.contextmanager
@@ -127,6 +138,7 @@ def _names(config: "PretrainedConfig", family: Family, tied: bool) -> dict[str, 
     for name, tensor in merged_tensors(skeleton):
         stem, _, suffix = name.rpartition(".")
         if not (tied and stem == "lm_head"):
+            check_bias(name, family)
             names[name] = f"{table.get_name(stem)}.{suffix}", tuple(tensor.shape)
     return names
 
@@ -170,9 +182,9 @@ def _seventy_b(config: "PretrainedConfig") -> bool:
                                                or (config.model_type in ("llama", "mistral") and grouped))
 
 
-def _title(tokenizer: Any, target: Path) -> str:
+def _title(tokenizer: Any, base: Any, target: Path) -> str:
     """The model's name. Where that says Phi-3, llama.cpp looks for its tokens and has special ones swallow spaces."""
-    name = target.name
+    name = Path(getattr(base.config, "_name_or_path", "") or target).name
     named = "phi-3" in name.lower() or "phi3" in name.lower()
     strips = any(token.special and token.rstrip for token in tokenizer.added_tokens_decoder.values()) \
         and _PHI3_TOKENS.issubset(tokenizer.get_vocab())

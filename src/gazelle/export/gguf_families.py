@@ -138,12 +138,16 @@ def fields_of(config: Any, family: Family) -> tuple[Fields, dict[str, Tensor]]:
     return {f"{family.architecture}.{key}": value for key, value in fields.items()}, tensors
 
 
+def check_bias(name: str, family: Family) -> None:
+    """Raise `ModelError` for a bias that llama.cpp does not know in this family."""
+    module, _, kind = name.rpartition(".")
+    if kind == "bias" and module.rpartition(".")[2] not in family.biases:
+        raise _error("this bias", name, "biases of " + ", ".join(family.biases) if family.biases else "no biases")
+
+
 def converted(name: str, weight: Tensor, family: Family, config: Any) -> Tensor:
     """A tensor of the Hugging Face checkpoint, in float32, as llama.cpp keeps it."""
-    module, _, kind = name.rpartition(".")
-    part = module.rpartition(".")[2]
-    if kind == "bias" and part not in family.biases:
-        raise _error("this bias", name, "biases of " + ", ".join(family.biases) if family.biases else "no biases")
+    part = name.split(".")[-2]
     if family.permuted and part in ("q_proj", "k_proj"):
         heads = config.num_attention_heads if part == "q_proj" else config.num_key_value_heads
         return weight.view(heads, 2, -1, *weight.shape[1:]).transpose(1, 2).reshape(weight.shape)

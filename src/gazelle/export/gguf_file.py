@@ -30,6 +30,8 @@ class GgufOutput:
         self._kinds: dict[str, str] = {}
         self._writer = gguf.GGUFWriter(path, architecture)
         for key, value in fields.items():
+            if value == []:  # which a file cannot hold, and does not need
+                continue
             self._writer.add_key_value(key, value, _type_of(value))
 
     def announce(self, name: str, shape: tuple[int, ...], kind: str) -> None:
@@ -63,7 +65,11 @@ class GgufOutput:
                              expected=f"at most {_LARGEST_HALF:g}", fix='use quantization_method="bf16" or "q8_0"')
         rows = weight.reshape(-1, weight.shape[-1])
         step = max(1, _CHUNK // rows.shape[1])
-        parts = [quantize(part, kind).reshape(-1) for part in rows.split(step)]
+        try:
+            parts = [quantize(part, kind).reshape(-1) for part in rows.split(step)]
+        except ModelError as error:
+            raise ModelError(error.what, where=name, found=error.found, expected=error.expected,
+                             fix='use quantization_method="bf16"') from error
         data = parts[0] if len(parts) == 1 else torch.cat(parts)
         try:
             self._writer.write_tensor_data(data.numpy())

@@ -78,8 +78,12 @@ class Shape:
     seventy_b: bool = False
 
 
-def find_recipes(methods: str | list[str] | tuple[str, ...]) -> dict[str, Recipe]:
+def find_recipes(methods: str | list[str] | tuple[str, ...], where: str = "quantization_method") -> dict[str, Recipe]:
     """Recipes by name, of one name or several ("q4_k_m,q8_0", or a list), in any case, each once.
+
+    Args:
+        methods: their names.
+        where: what the user typed them as.
 
     Raises:
         OptionError: no such recipe.
@@ -90,12 +94,12 @@ def find_recipes(methods: str | list[str] | tuple[str, ...]) -> dict[str, Recipe
         key = str(name).strip().lower()
         key = ALIASES.get(key, key)
         if key not in RECIPES:
-            raise OptionError("there is no such GGUF quantisation", where="quantization_method", found=name,
+            raise OptionError("there is no such GGUF quantisation", where=where, found=name,
                               expected="one or several of " + ", ".join(RECIPES),
                               fix=nearest(key, [*RECIPES, *ALIASES]))
         found[key] = RECIPES[key]
     if not found:
-        raise OptionError("no GGUF quantisation is named", where="quantization_method", found="nothing",
+        raise OptionError("no GGUF quantisation is named", where=where, found="nothing",
                           expected="one or several of " + ", ".join(RECIPES), fix='use "q4_k_m" or "q8_0"')
     return found
 

@@ -36,12 +36,12 @@ def export_checkpoint(model_name: str, to: str, output: Path | None = None) -> l
     from gazelle.export.gguf_recipe import find_recipes
 
     kind, _, methods = to.partition(":")
-    if kind not in FORMATS:
+    if (kind := kind.strip().lower()) not in FORMATS:
         raise OptionError("there is no such format to export to", where="--to", found=to,
                           expected="gguf:METHOD, or several METHODs with commas between them",
                           fix=nearest(kind, FORMATS))
     methods = methods or "q8_0"
-    find_recipes(methods)
+    find_recipes(methods, where="--to")
     path = Path(model_name).expanduser()
     local = path.resolve() if path.exists() else Path(path.name).absolute()
     target = output or local.with_name(f"{local.name.removesuffix('.gguf')}-gguf")

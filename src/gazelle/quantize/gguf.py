@@ -97,12 +97,13 @@ def quantize(weight: Tensor, kind: str, importance: Tensor | None = None) -> Ten
         if found.block == 32:  # llama.cpp takes the mean of the whole row here, and that of a block in k-quants
             power = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.float32).square_().flatten() / K
         importance = importance.view(-1, found.block)
-    blocks, target = weight.reshape(-1, found.block), out.view(-1, found.size)
+    blocks, target = weight.reshape(-1, found.block).contiguous(), out.view(-1, found.size)
 
     def piece(part: slice) -> None:
         x, chosen = blocks[part].float(), None
         if found.block > 1 and not (largest := x.abs().amax()) < _LARGEST:
-            raise ModelError(f"weights that {kind} cannot hold", found=f"{largest:g}", expected="finite weights",
+            raise ModelError(f"weights that {kind} cannot hold", found=f"{largest:g}",
+                             expected=f"numbers below {_LARGEST:g}",
                              fix="load or download the checkpoint again, or store this tensor as bf16 or f32")
         if importance is not None:
             numbers = torch.arange(part.start, part.start + len(x), device=x.device)
