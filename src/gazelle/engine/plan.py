@@ -156,7 +156,7 @@ class _Draft:
         """The fastest within the budget; None if there is none."""
         found = []
         for options in self._uses_of_host():
-            numbers = fastest(self._layers(options), self._head(options), budget - sum(self.static.values()))
+            numbers = fastest(self._layers(options, options), self._head(options), budget - sum(self.static.values()))
             if numbers is not None:
                 found.append([options[number] for number in numbers])
         if not found:
@@ -168,13 +168,14 @@ class _Draft:
 
     def smallest(self) -> int:
         """The smallest budget for which there is a plan."""
-        activations = min(least(self._layers(options), self._head(options)) for options in self._uses_of_host())
+        activations = min(least(self._layers(options, options), self._head(options))
+                          for options in self._uses_of_host())
         return sum(self.static.values()) + activations
 
     def activations(self, keeps: Sequence[Keep]) -> int:
         """The most that lies on the device besides what stays, at any point of a step."""
         kept, most = 0, 0
-        for options, keep in zip(self._layers(self.options), keeps, strict=True):
+        for options, keep in zip(self._layers(self.options, keeps), keeps, strict=True):
             option = options[self.options.index(keep)]
             most = max(most, kept + option.most())
             kept += option.kept
@@ -197,22 +198,32 @@ class _Draft:
         return [[keep for keep in self.options if sent[keep] <= most] for most in sorted(set(sent.values()))]
 
     def _head(self, keeps: Sequence[Keep]) -> int:
-        leaving = max(self._footprint(keep).parked for keep in keeps)
-        return leaving + head_footprint(self.outline, self.batch)
+        return self._sent(keeps) + head_footprint(self.outline, self.batch)
+
+    def _sent(self, keeps: Sequence[Keep]) -> int:
+        """The most that a layer with one of these choices sends to the host."""
+        return max(self._footprint(keep).parked for keep in keeps)
 
     def _footprint(self, keep: Keep) -> Footprint:
         return footprint(self.outline.layers[0], keep, self.batch.tokens, self.outline.itemsize)
 
-    def _layers(self, keeps: Sequence[Keep]) -> list[list[Option]]:
-        """Of every layer, what each choice needs."""
+    def _layers(self, keeps: Sequence[Keep], below: Sequence[Keep]) -> list[list[Option]]:
+        """Of every layer, what each choice needs; `below` are choices that the layer below it may have made."""
         outline = self.outline
         costs = [round(self._cost(keep) * 1e12) for keep in keeps]
         prints = {kind: [footprint(kind, keep, self.batch.tokens, outline.itemsize) for keep in keeps]
                   for kind in set(outline.layers)}
         # The final norm keeps the output of the last layer.
         outputs = [0] * (len(outline.layers) - 1) + [self.stream]
-        return [[Option(one.kept, one.forward + self.stream, one.backward + output, cost)
-                 for one, cost in zip(prints[kind], costs, strict=True)]
+        sent = self._sent(below)
+
+        def needs(one: Footprint, output: int, cost: int) -> Option:
+            # While a layer computes, what the one below sent is on its way, there or back; its own footprint counts as
+            # much as it sends itself.
+            more = sent - one.parked
+            return Option(one.kept, one.forward + self.stream + more, one.backward + output + more, cost)
+
+        return [[needs(one, output, cost) for one, cost in zip(prints[kind], costs, strict=True)]
                 for kind, output in zip(outline.layers, outputs, strict=True)]
 
     def _cost(self, keep: Keep) -> float:

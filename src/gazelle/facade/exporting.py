@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.files import check_writable
+from gazelle.models.checkpoint import find_checkpoint
 from gazelle.models.load import load_model, load_tokenizer
-from gazelle.models.record import RECORD
+from gazelle.models.record import read_record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,9 @@ def export_checkpoint(model_name: str, to: str, output: Path | None = None) -> l
     local = path.resolve() if path.exists() else Path(path.name).absolute()
     target = output or local.with_name(f"{local.name.removesuffix('.gguf')}-gguf")
     check_writable(target.absolute())
-    model, tokenizer = load_model(model_name, load_in_4bit=None if (path / RECORD).exists() else False, dtype="auto",
+    checkpoint = find_checkpoint(model_name)
+    recorded = checkpoint.adapter is not None and "load_in_4bit" in read_record(checkpoint.folder)
+    model, tokenizer = load_model(model_name, load_in_4bit=None if recorded else False, dtype="auto",
                                   device_map="cpu", is_trainable=False)
     return export_gguf(model, tokenizer, target, methods)
 
