@@ -301,3 +301,9 @@ def test_a_weight_beyond_a_format_is_named(model, tokenizer, tmp_path):
         export_gguf(plain, tokenizer, tmp_path, "q4_0")
     assert caught.value.where == "blk.1.ffn_up.weight" and "bf16" in caught.value.fix
     assert not list(tmp_path.iterdir())
+
+
+def test_a_link_is_exported_beside_itself(run, tmp_path):
+    (tmp_path / "link").symlink_to(run)
+    assert main(["export", str(tmp_path / "link"), "--to", "GGUF:f16"]) == 0
+    assert (tmp_path / "link-gguf" / "model-F16.gguf").exists()

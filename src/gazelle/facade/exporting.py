@@ -44,7 +44,9 @@ def export_checkpoint(model_name: str, to: str, output: Path | None = None) -> l
     methods = methods or "q8_0"
     find_recipes(methods, where="--to")
     path = Path(model_name).expanduser()
-    local = path.resolve() if path.exists() else Path(path.name).absolute()
+    local = Path(path.name).absolute()
+    if path.exists():  # beside a link, not beside what it leads to
+        local = path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
     target = output or local.with_name(f"{local.name.removesuffix('.gguf')}-gguf")
     check_writable(target.absolute())
     checkpoint = find_checkpoint(model_name)
