@@ -31,16 +31,18 @@ NAMES = {"hf": "TRL + PEFT", "liger": "Liger", "unsloth": "Unsloth", "unsloth-ke
 def step_table(result: dict[str, Any], file: str) -> str:
     """Training steps on a GPU as Markdown, from what benchmarks/step.py writes."""
     ours = [entry for entry in result["results"] if entry["who"] == "gazelle" and entry["error"] is None]
-    lines = [f"| {result['machine']['device']}, LoRA r=16 on all linears | gazelle | peak memory | others |",
-             "|---|---|---|---|"]
+    alone = all(entry["who"] == "gazelle" for entry in result["results"])
+    heads = [f"{result['machine']['device']}, LoRA r=16 on all linears", "gazelle", "peak memory",
+             *([] if alone else ["others"])]
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for entry in ours:
         others = "; ".join(
             f"{NAMES[other['who']]} {other['tokens_per_second']:,.0f} ({other['peak_gb']:.1f} GiB)"
             for other in result["results"]
             if other["row"] == entry["row"] and other["who"] != "gazelle" and other["error"] is None)
-        lines.append(f"| {entry['label']} | {entry['tokens_per_second']:,.0f} tokens/s | {entry['peak_gb']:.1f} GiB "
-                     f"| {others or 'not measured'} |")
-    alone = all(entry["who"] == "gazelle" for entry in result["results"])
+        cells = [entry["label"], f"{entry['tokens_per_second']:,.0f} tokens/s", f"{entry['peak_gb']:.1f} GiB",
+                 *([] if alone else [others or "not measured"])]
+        lines.append(f"| {' | '.join(cells)} |")
     versions = versions_of({name: version for name, version in result["versions"].items()
                             if not (alone and name in PEERS)})
     sentence = f"Random weights, steady training steps ({result['date']}, {versions}; [all figures]({file}))."
