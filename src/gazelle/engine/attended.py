@@ -105,9 +105,8 @@ class Attended:
 
     z_qkv: Tensor | None
     rstd: Tensor  # of the norm before
-    raw: Tensor | None  # qkv before the norm of queries and keys
-    rstds: tuple[Tensor, Tensor] | None
-    whole: tuple[Tensor, ...]  # what q, k, v and out are views of, qkv first and out last
+    rstds: tuple[Tensor, Tensor] | None  # of the norms of queries and keys, if there are any
+    whole: tuple[Tensor, ...]  # what q, k, v and out are views of, qkv before those norms first and out last
     call: Remote | tuple[Tensor, Tensor, Tensor]  # or q, k, v, which out hangs on
     z_o: Tensor | None = None
     branch: Tensor | None = None  # what o gave, if it is normalised before it is added
@@ -127,11 +126,15 @@ class Attended:
         if not isinstance(self.call, Remote):
             raise TypeError("attention that was not called to be sent away")
         parked = self.call.send(x, self.whole)
-        self.whole, self.raw, self.branch = (), None, None
+        self.whole, self.branch = (), None
         return parked
+
+    def fetch(self) -> None:
+        """Begin to bring it back."""
+        if isinstance(self.call, Remote):
+            self.call.fetch()
 
     def back(self) -> None:
         """Bring it back."""
         if isinstance(self.call, Remote) and not self.whole:
             self.whole = tuple(self.call.back())
-            self.raw = None if self.rstds is None else self.whole[0]

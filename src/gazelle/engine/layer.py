@@ -13,6 +13,7 @@ from gazelle.engine.keep import KEEP, Keep
 from gazelle.engine.linear import Projection
 from gazelle.engine.spec import DecoderSpec
 from gazelle.engine.stream import WeightStream
+from gazelle.kernels.activation import MOST_RANKS
 from gazelle.kernels.attention import Rows
 
 
@@ -67,6 +68,14 @@ class Layer:
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
         """In the order of the forward pass."""
         return self.qkv, self.o, self.gate_up, self.down
+
+    @property
+    def sum_columns(self) -> tuple[int, int] | None:
+        """Adapter columns of down, and of the widest of gate and up, if these take sums made beside the activation."""
+        ranks = [part.adapter.a.shape[0] for part in self.gate_up.parts if part.adapter is not None]
+        columns, widest = self.down.spans[-1][1].stop, max(ranks, default=0)
+        fits = columns and widest and max(columns, widest) <= MOST_RANKS and not self.down.trains_weights
+        return (columns, widest) if fits else None
 
     def arrive(self, *, forward: bool) -> None:
         """Wait for its weights if they stream from host memory."""

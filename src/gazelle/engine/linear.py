@@ -262,10 +262,14 @@ class Projection:
         elif isinstance(x, Tensor) and z is not None:
             self._factor_gradients(inner, x, z, dz, grads, seed)
 
+    @property
+    def has_kernel(self) -> bool:
+        """True if a kernel can add the gradients of all adapters where they are gathered."""
+        return self.device.type != "cpu" and self.dtype in _HALVES and len(self.parts) <= MOST_PARTS
+
     def targets(self, grads: Gradients, seed: Tensor | None = None) -> list[Factors] | None:
         """Where the gradients of all adapters are gathered, if they are to be added there by a kernel."""
-        if not grads.in_place or self.device.type == "cpu" or self.dtype not in _HALVES \
-                or len(self.parts) > MOST_PARTS or (seed is not None and self.has_dropout):
+        if not grads.in_place or not self.has_kernel or (seed is not None and self.has_dropout):
             return None
         found = []
         for part, (rows, columns) in zip(self.parts, self.spans, strict=True):

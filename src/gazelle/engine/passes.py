@@ -16,7 +16,7 @@ from gazelle.engine.layer import Call, Layer
 from gazelle.engine.linear import Bordered, Gradients, Projection
 from gazelle.engine.offload import Parked, park, settle
 from gazelle.engine.spec import DecoderSpec
-from gazelle.kernels.activation import MOST_RANKS, gated, gated_backward, gated_backward_sums
+from gazelle.kernels.activation import gated, gated_backward, gated_backward_sums
 from gazelle.kernels.attention import Rows, attention
 from gazelle.kernels.factors import NO_SUMS, Normed, Sums
 from gazelle.kernels.norm import rms_norm, rms_norm_backward, rms_norm_weight_grad
@@ -82,16 +82,12 @@ class Pass:
         keep_attention = keep.attention or (self.call.training and self.layer.spec.attention_dropout > 0)
         attended = self._attend(x, differentiable=keep_attention, remote=keep.attention_host)
         mid = self._add_attention(attended, x)
-        self.x = x
-        if keep.attention or keep.mlp:
-            self.mid = mid
-        if keep.host:  # at once, so that copies have as long as there is
-            if isinstance(attended.call, Remote):
-                self.x, self.mid = attended.send(x), None
-            elif self.mid is not None:
-                self.x, self.mid = park(x, mid)
-            else:
-                self.x, = park(x)
+        kept: list[Any] = [x, mid] if keep.attention or keep.mlp else [x]
+        if keep.attention_host:  # at once, so that copies have as long as there is
+            kept = [attended.send(x)]
+        elif keep.host:
+            kept = park(*kept)
+        self.x, self.mid = (*kept, None)[:2]
         if keep_attention:
             self.attended = attended
         del attended
@@ -104,8 +100,8 @@ class Pass:
         for tensor in (self.x, self.mid):
             if isinstance(tensor, Parked):
                 tensor.fetch()
-        if self.attended is not None and isinstance(self.attended.call, Remote):
-            self.attended.call.fetch()
+        if self.attended is not None:
+            self.attended.fetch()
 
     def _attend(self, x: Tensor, *, differentiable: bool, remote: bool = False) -> Attended:
         layer, spec, call = self.layer, self.layer.spec, self.call
@@ -113,19 +109,19 @@ class Pass:
         entry = layer.qkv.input(T)
         _, rstd = rms_norm(x, layer.norms.attention, spec.eps, spec.norm_offset, out=entry[:, : spec.hidden])
         qkv, z_qkv = layer.qkv.forward(entry, layer.qkv.matrix(), seed=call.seed(0))
-        q, k, v, raw, rstds = self._positioned(qkv)
+        q, k, v, rstds = self._positioned(qkv)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention(q, k, v, call.rows, spec.attention_scale, spec.window, spec.softcap,
                              spec.attention_dropout if call.training else 0.0)
 
-        whole = (qkv,) if raw is None else (qkv, q, k)
+        whole = (qkv,) if rstds is None else (qkv, q, k)
         if remote:
             way = Remote()
-            return Attended(z_qkv, rstd, raw, rstds, (*whole, way(attend, q, k, v)), way)
+            return Attended(z_qkv, rstd, rstds, (*whole, way(attend, q, k, v)), way)
         with torch.set_grad_enabled(differentiable):
             q, k, v = (part.detach().requires_grad_(differentiable) for part in (q, k, v))
-            return Attended(z_qkv, rstd, raw, rstds, (*whole, attend(q, k, v)), (q, k, v))
+            return Attended(z_qkv, rstd, rstds, (*whole, attend(q, k, v)), (q, k, v))
 
     def _add_attention(self, attended: Attended, x: Tensor) -> Tensor:
         """The stream [T, H] between attention and MLP."""
@@ -135,24 +131,25 @@ class Pass:
                                                         self.call.seed(1))
         return mid
 
-    def _positioned(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[Tensor, Tensor] | None]:
-        """q [T, heads, D], k and v [T, kv_heads, D], normalised and rotated; qkv before that if it is still needed."""
+    def _positioned(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+        """q [T, heads, D], k and v [T, kv_heads, D], normalised and rotated, and the factors of their norms. Where
+        there are none, q and k are views of qkv, rotated there.
+        """
         spec, call = self.layer.spec, self.call
         q, k, v = heads(qkv, spec)
-        raw, rstds = None, None
+        rstds = None
         if spec.qk_norm:
-            raw = qkv
             q, q_rstd = rms_norm(q, cast(Tensor, self.layer.norms.query), spec.eps, spec.norm_offset)
             k, k_rstd = rms_norm(k, cast(Tensor, self.layer.norms.key), spec.eps, spec.norm_offset)
             rstds = (q_rstd, k_rstd)
         if call.cos is not None and call.sin is not None:
-            if raw is not None:
+            if rstds is not None:
                 rotate_(q, call.cos, call.sin)
                 rotate_(k, call.cos, call.sin)
             else:
                 together = qkv[:, : spec.q_size + spec.kv_size].unflatten(1, (-1, spec.head_dim))
                 rotate_(together, call.cos, call.sin)
-        return q, k, v, raw, rstds
+        return q, k, v, rstds
 
     def _mlp(self, mid: Tensor, *, keep: bool) -> Tensor:
         """The layer's output [T, H] from the stream between attention and MLP."""
@@ -295,12 +292,9 @@ class Pass:
         """
         layer, call = self.layer, self.call
         of_down, of_gate_up = layer.down.targets(grads, call.seed(3)), layer.gate_up.targets(grads, call.seed(2))
-        if z is None or not of_down or not of_gate_up or layer.down.trains_weights:
+        if z is None or not of_down or not of_gate_up or (columns := layer.sum_columns) is None:
             return None
-        columns = of_down[-1].columns.stop
-        if max(columns, *(part.a.shape[0] for part in of_gate_up)) > MOST_RANKS:
-            return None
-        a, b = gated_backward_sums(pair, dh, layer.spec.activation, z, dz_down, of_gate_up, columns)
+        a, b = gated_backward_sums(pair, dh, layer.spec.activation, z, dz_down, of_gate_up, columns[0])
         return Sums(a=a), Sums(b=b)
 
     def _attention_backward(self, stream: Tensor, x: Tensor, attended: Attended, grads: Gradients, *,
@@ -334,9 +328,9 @@ class Pass:
             rotate_into(dq, dk, dv, call.cos, call.sin, out=inner)
         else:
             torch.cat((dq.flatten(1), dk.flatten(1), dv.flatten(1)), 1, out=inner)
-        if attended.raw is not None and attended.rstds is not None:
+        if attended.rstds is not None:
             weights = (cast(Tensor, layer.norms.query), cast(Tensor, layer.norms.key))
-            for grad, raw, weight, rstd in zip(heads(inner, spec)[:2], heads(attended.raw, spec)[:2], weights,
+            for grad, raw, weight, rstd in zip(heads(inner, spec)[:2], heads(attended.whole[0], spec)[:2], weights,
                                                attended.rstds, strict=True):
                 if grads.wants(weight):
                     grads.add(weight, rms_norm_weight_grad(grad.flatten(0, 1), raw.flatten(0, 1), rstd.flatten()))

@@ -156,7 +156,7 @@ class _Draft:
         """The fastest within the budget; None if there is none."""
         found = []
         for options in self._uses_of_host():
-            numbers = fastest(self._layers(options, options), self._head(options), budget - sum(self.static.values()))
+            numbers = fastest(self._layers(options), self._head(options), budget - sum(self.static.values()))
             if numbers is not None:
                 found.append([options[number] for number in numbers])
         if not found:
@@ -168,15 +168,15 @@ class _Draft:
 
     def smallest(self) -> int:
         """The smallest budget for which there is a plan."""
-        activations = min(least(self._layers(options, options), self._head(options))
-                          for options in self._uses_of_host())
+        activations = min(least(self._layers(options), self._head(options)) for options in self._uses_of_host())
         return sum(self.static.values()) + activations
 
     def activations(self, keeps: Sequence[Keep]) -> int:
         """The most that lies on the device besides what stays, at any point of a step."""
         kept, most = 0, 0
-        for options, keep in zip(self._layers(self.options, keeps), keeps, strict=True):
-            option = options[self.options.index(keep)]
+        used = list(dict.fromkeys(keeps))
+        for options, keep in zip(self._layers(used), keeps, strict=True):
+            option = options[used.index(keep)]
             most = max(most, kept + option.most())
             kept += option.kept
         return max(most, kept + self._head(keeps))
@@ -207,15 +207,15 @@ class _Draft:
     def _footprint(self, keep: Keep) -> Footprint:
         return footprint(self.outline.layers[0], keep, self.batch.tokens, self.outline.itemsize)
 
-    def _layers(self, keeps: Sequence[Keep], below: Sequence[Keep]) -> list[list[Option]]:
-        """Of every layer, what each choice needs; `below` are choices that the layer below it may have made."""
+    def _layers(self, keeps: Sequence[Keep]) -> list[list[Option]]:
+        """Of every layer, what each choice needs, if the others have these to choose from too."""
         outline = self.outline
         costs = [round(self._cost(keep) * 1e12) for keep in keeps]
         prints = {kind: [footprint(kind, keep, self.batch.tokens, outline.itemsize) for keep in keeps]
                   for kind in set(outline.layers)}
         # The final norm keeps the output of the last layer.
         outputs = [0] * (len(outline.layers) - 1) + [self.stream]
-        sent = self._sent(below)
+        sent = self._sent(keeps)
 
         def needs(one: Footprint, output: int, cost: int) -> Option:
             # While a layer computes, what the one below sent is on its way, there or back; its own footprint counts as

@@ -6,6 +6,7 @@ than the largest one in float32. Files are written beside their places and renam
 
 import contextlib
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,10 @@ from gazelle.export.gguf_recipe import Recipe, Shape, find_recipes, kind_of
 from gazelle.export.gguf_tokenizer import tokenizer_fields
 from gazelle.models.checkpoint import check_finite
 from gazelle.models.load import quiet
+from gazelle.models.outline import meta_model
 from gazelle.models.save import check_readable, check_space, still_tied
+from gazelle.models.special_tokens import stop_ids
+from gazelle.quantize.gguf import KINDS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -64,7 +68,8 @@ def export_gguf(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | 
     check_writable(target)
     tied = _tied(model, base, family)
     names = _names(config, family, tied)
-    fields |= tokenizer_fields(tokenizer, names["model.embed_tokens.weight"][1][0], _ends(base))
+    ends = [*stop_ids(getattr(base, "generation_config", None)), *stop_ids(base.config)]
+    fields |= tokenizer_fields(tokenizer, names["model.embed_tokens.weight"][1][0], ends)
     shape = Shape(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, tied,
                   _seventy_b(config))
     paths = [target / f"model-{name.upper()}.gguf" for name in recipes]
@@ -126,12 +131,11 @@ def _outputs(paths: list[Path], recipes: list[Recipe], family: Family, fields: d
 def _names(config: "PretrainedConfig", family: Family, tied: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Parameter name -> llama.cpp's name and the shape, in the order in which `merged_tensors` gives them."""
     import gguf
-    from transformers import AutoModelForCausalLM
 
     plain = type(config).from_dict({key: value for key, value in config.to_dict().items()
                                     if key != "quantization_config"})
-    with torch.device("meta"), quiet():
-        skeleton = AutoModelForCausalLM.from_config(plain)
+    with quiet():
+        skeleton = meta_model(plain, torch.float32)
     architecture = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == family.architecture)
     table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     names = {}
@@ -155,25 +159,13 @@ def _tied(model: Any, base: Any, family: Family) -> bool:
 
 def _size(recipe: Recipe, names: dict[str, tuple[str, tuple[int, ...]]], shape: Shape, fields: dict[str, Any]) -> int:
     """Bytes of a file, a little more rather than less."""
-    import gguf
-
     total = _HEADER
     for name, size in names.values():
-        block, bytes_ = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind_of(name, size, recipe, shape).upper()]]
-        total += torch.Size(size).numel() // block * bytes_ + len(name) + 96
+        total += KINDS[kind_of(name, size, recipe, shape)].row(prod(size)) + len(name) + 96
     for value in fields.values():
         if isinstance(value, list):
             total += sum(len(item.encode()) + 8 if isinstance(item, str) else 8 for item in value)
     return total
-
-
-def _ends(base: Any) -> list[int]:
-    """Ids at which the model stops, of its settings for generation and of its config."""
-    found: list[int] = []
-    for source in (getattr(base, "generation_config", None), base.config):
-        ends = getattr(source, "eos_token_id", None)
-        found += ends if isinstance(ends, list) else [] if ends is None else [ends]
-    return found
 
 
 def _seventy_b(config: "PretrainedConfig") -> bool:

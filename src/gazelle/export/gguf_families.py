@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gazelle.base.errors import ModelError
 from gazelle.base.log import logger
-from gazelle.export.gguf_rope import Fields, rope_fields
+from gazelle.export.gguf_rope import Fields, head_size, rope_fields
 from gazelle.models.families import window_of
 
 _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu": ("gelu_pytorch_tanh", "gelu_fast", "gelu_new")}
@@ -69,8 +69,8 @@ def _granite(config: Any) -> Fields:
 
 
 def _phi3(config: Any) -> Fields:
-    if config.hidden_size != config.num_attention_heads * _head(config):
-        raise _error("heads of this size", f"{config.num_attention_heads} heads of {_head(config)}",
+    if config.hidden_size != config.num_attention_heads * head_size(config):
+        raise _error("heads of this size", f"{config.num_attention_heads} heads of {head_size(config)}",
                      f"heads that make up the hidden size, {config.hidden_size}")
     return {"attention.sliding_window": int(config.sliding_window or 0),
             "rope.scaling.original_context_length": int(config.original_max_position_embeddings)}
@@ -130,8 +130,8 @@ def fields_of(config: Any, family: Family) -> tuple[Fields, dict[str, Tensor]]:
         "vocab_size": config.vocab_size, "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings, "embedding_length": config.hidden_size,
         "feed_forward_length": config.intermediate_size, "attention.head_count": config.num_attention_heads,
-        "attention.head_count_kv": config.num_key_value_heads, "attention.key_length": _head(config),
-        "attention.value_length": _head(config),
+        "attention.head_count_kv": config.num_key_value_heads, "attention.key_length": head_size(config),
+        "attention.value_length": head_size(config),
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
     }
     fields |= _window(config, family) | family.extras(config) | rope
@@ -161,7 +161,7 @@ def converted(name: str, weight: Tensor, family: Family, config: Any) -> Tensor:
 def _query_scale(config: Any, family: Family) -> float:
     """What makes up for llama.cpp's scale of queries, which it takes from sizes: the file cannot state another."""
     hidden, heads = config.hidden_size, config.num_attention_heads
-    size = hidden // heads if config.num_hidden_layers == family.deep else _head(config)
+    size = hidden // heads if config.num_hidden_layers == family.deep else head_size(config)
     return float((size / config.query_pre_attn_scalar) ** 0.5)
 
 
@@ -186,10 +186,6 @@ def _window(config: Any, family: Family) -> Fields:
                        config.model_type, window, limit)
         return {"context_length": int(window)}
     return {}
-
-
-def _head(config: Any) -> int:
-    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _error(what: str, found: Any, expected: str) -> ModelError:

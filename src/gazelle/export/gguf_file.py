@@ -1,5 +1,7 @@
 """One GGUF file on its way to disk: everything in it is announced first, then tensors are written as they come."""
 
+import contextlib
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from gazelle.base.errors import ModelError, OutputError
 from gazelle.export.gguf_recipe import Recipe
-from gazelle.quantize.gguf import quantize
+from gazelle.quantize.gguf import KINDS, quantize
 
 Fields = dict[str, Any]
 _CHUNK = 1 << 22  # values quantised at a time: what a quantiser needs besides its input and output stays small
@@ -39,21 +41,18 @@ class GgufOutput:
         import gguf
         import numpy as np
 
-        raw = gguf.GGMLQuantizationType[kind.upper()]
-        values, size = gguf.GGML_QUANT_SIZES[raw]
-        bytes_ = prod(shape) // values * size
-        self._writer.add_tensor_info(name, shape, np.dtype(np.float32), bytes_, raw_dtype=raw)
+        bytes_ = KINDS[kind].row(prod(shape))
+        self._writer.add_tensor_info(name, shape, np.dtype(np.float32), bytes_,
+                                     raw_dtype=gguf.GGMLQuantizationType(KINDS[kind].value))
         self._kinds[name] = kind
         self.size += bytes_ + -bytes_ % 32
 
     def begin(self) -> None:
         """Write metadata and the table of tensors."""
-        try:
+        with self._writing():
             self._writer.write_header_to_file()
             self._writer.write_kv_data_to_file()
             self._writer.write_ti_data_to_file()
-        except OSError as error:
-            raise self._refused(error) from error
 
     def write(self, name: str, weight: Tensor) -> None:
         """Quantise and write the next tensor, which is in float32 on the CPU."""
@@ -71,22 +70,22 @@ class GgufOutput:
             raise ModelError(error.what, where=name, found=error.found, expected=error.expected,
                              fix='use quantization_method="bf16"') from error
         data = parts[0] if len(parts) == 1 else torch.cat(parts)
-        try:
+        with self._writing():
             self._writer.write_tensor_data(data.numpy())
-        except OSError as error:
-            raise self._refused(error) from error
 
     def close(self) -> None:
         """Close the file, whole or not."""
-        try:
+        with self._writing():
             self._writer.close()
-        except OSError as error:
-            raise self._refused(error) from error
 
-    def _refused(self, error: OSError) -> OutputError:
-        return OutputError("the GGUF file cannot be written", where=str(self.path.parent),
-                           found=error.strerror or str(error), expected=f"room for {self.size:,} bytes",
-                           fix="make room, or choose a folder on another disk")
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OutputError("the GGUF file cannot be written", where=str(self.path.parent),
+                              found=error.strerror or str(error), expected=f"room for {self.size:,} bytes",
+                              fix="make room, or choose a folder on another disk") from error
 
 
 def file_fields(recipe: Recipe, name: str) -> Fields:

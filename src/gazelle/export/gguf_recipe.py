@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass
 
 from gazelle.base.errors import OptionError, nearest
+from gazelle.quantize.gguf import KINDS
 
 _Rules = tuple[tuple[str, str], ...]
 
@@ -112,17 +113,12 @@ def kind_of(name: str, shape: tuple[int, ...], recipe: Recipe, model: Shape) -> 
         return recipe.kind
     columns = shape[-1]
     if name == "output.weight" or (model.tied and name == "token_embd.weight"):
-        kind = "q8_0" if recipe.kind == "q8_0" or columns % block(recipe.kind) else "q6_k"
+        kind = "q8_0" if recipe.kind == "q8_0" or columns % KINDS[recipe.kind].block else "q6_k"
     else:
         kind = _by_layer(name, recipe, model)
-    if columns % block(kind):
+    if columns % KINDS[kind].block:
         kind = _NARROWER.get(kind, "f16")
-    return kind if columns % block(kind) == 0 else "f16"
-
-
-def block(kind: str) -> int:
-    """How many values of a row a format packs together."""
-    return 1 if kind in _PLAIN else 256 if kind.endswith("_k") else 32
+    return kind if columns % KINDS[kind].block == 0 else "f16"
 
 
 def _by_layer(name: str, recipe: Recipe, model: Shape) -> str:

@@ -11,6 +11,11 @@ from gazelle.base.errors import ModelError
 Fields = dict[str, Any]
 
 
+def head_size(config: Any) -> int:
+    """Of a decoder's attention."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def rope_fields(config: Any, kinds: tuple[str, ...]) -> tuple[Fields, dict[str, Tensor]]:
     """Metadata without the architecture's name in front, and float32 tensors of one divisor a frequency.
 
@@ -31,7 +36,7 @@ def rope_fields(config: Any, kinds: tuple[str, ...]) -> tuple[Fields, dict[str, 
     kind = rope.get("rope_type", "default")
     if kind not in ("default", *kinds):
         raise _unknown(rope, ("default", *kinds), "rope_parameters")
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head = head_size(config)
     partial = rope.get("partial_rotary_factor") or 1.0
     if partial != 1 and "longrope" not in kinds:
         raise ModelError("llama.cpp rotates whole heads of this kind of model", where="config.json, rope_parameters",

@@ -9,7 +9,7 @@ from gazelle.adapters.unwrap import unwrap
 from gazelle.engine.layer import Layer
 from gazelle.engine.linear import Projection
 from gazelle.engine.outline import LayerOutline, Outline
-from gazelle.kernels.activation import MOST_PIECES, MOST_RANKS
+from gazelle.kernels.activation import MOST_PIECES
 from gazelle.models.host_embedding import can_move_embedding
 from gazelle.models.linears import base_linear
 from gazelle.models.swap import engine_layer, linear_modules, swapped_layers
@@ -89,19 +89,18 @@ def _layer_outline(layer: Layer, itemsize: int, stored: str | None, precision: s
     bordered = all(projection.matrix_shape()[1] == projection.K + projection.R for projection in layer.projections)
     return LayerOutline(layer.spec, (borders[0], borders[1], borders[2], borders[3]), weights,
                         (scratch[0], scratch[1], scratch[2], scratch[3]), gradients, stored,
-                        sums=_bytes_of_sums(layer, itemsize), bordered=bordered)
+                        sums=_bytes_of_sums(layer), bordered=bordered)
 
 
-def _bytes_of_sums(layer: Layer, itemsize: int) -> int:
-    """What `Pass` sums beside the activation, if it does so: as its `_summed_with_activation` decides."""
+def _bytes_of_sums(layer: Layer) -> int:
+    """What is summed beside the activation, if it is: gradients are gathered in place in training."""
     mlp = (layer.gate_up, layer.down)
     adapters = [part.adapter for projection in mlp for part in projection.parts if part.adapter is not None]
-    columns = layer.down.spans[-1][1].stop
-    widest = max((adapter.a.shape[0] for adapter in adapters), default=0)
-    fits = max(columns, widest) <= MOST_RANKS and all(projection.R and not projection.has_dropout for projection in mlp)
     trained = all(adapter.a.requires_grad and adapter.b.requires_grad for adapter in adapters)
-    if not fits or not trained or layer.down.trains_weights or itemsize != 2 or layer.down.device.type == "cpu":
+    able = all(projection.has_kernel and not projection.has_dropout for projection in mlp)
+    if (sizes := layer.sum_columns) is None or not trained or not able:
         return 0
+    columns, widest = sizes
     return 4 * MOST_PIECES * layer.spec.intermediate * (columns + 2 * widest)
 
 

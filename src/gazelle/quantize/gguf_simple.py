@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from gazelle.quantize.gguf_bits import half_bytes, halves, join, small, split
-from gazelle.quantize.gguf_search import affine, symmetric
+from gazelle.quantize.gguf_search import STEPS, affine, symmetric
 
 BLOCK = 32
-_STEPS = tuple(step / 4 for step in range(-4, 5))
 _BELOW_HALF = 0.49999997  # of float32: what is cut off after this has been added is rounded, halves away from 0
 
 
@@ -46,8 +45,8 @@ class Simple:
 
     def _searched(self, x: Tensor, weights: Tensor, top: int, middle: int) -> tuple[Tensor, Tensor | None]:
         if middle:
-            return symmetric(x, weights, -middle, middle - 1, _STEPS)[0].half().float()[:, None], None
-        found = affine(x, weights, top, _STEPS)
+            return symmetric(x, weights, -middle, middle - 1, STEPS)[0].half().float()[:, None], None
+        found = affine(x, weights, top, STEPS)
         return found.scale.half().float()[:, None], found.offset.half().float()[:, None]
 
     def decode(self, data: Tensor) -> Tensor:

@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from gazelle.quantize.gguf_bits import half_bytes, halves, join, small, split
-from gazelle.quantize.gguf_search import affine, shared, symmetric
+from gazelle.quantize.gguf_search import STEPS, affine, shared, symmetric
 
 BLOCK = 256
-_STEPS = tuple(step / 4 for step in range(-4, 5))  # more of them gain tenths of a percent
 _STEPS_Q2 = tuple(step / 4 for step in range(-4, 7))
 _SCALE_STEPS = tuple(-step / 2 for step in range(16))
 
@@ -61,7 +60,7 @@ class _Affine:
             w = _plain_weights(groups)
         else:
             w = groups.abs()
-        found = affine(groups, w, top, _STEPS_Q2 if self.bits == 2 else _STEPS)
+        found = affine(groups, w, top, _STEPS_Q2 if self.bits == 2 else STEPS)
         count, scale_top = BLOCK // self.group, (1 << self.scale_bits) - 1
         d, scales = _quantised(found.scale.view(-1, count), found.stiffness.view(-1, count), scale_top)
         scale = (d * scales).flatten()
@@ -140,7 +139,7 @@ def encode_q3(x: Tensor, importance: Tensor | None) -> Tensor:
     groups = x.view(-1, 16)
     weights = _weights(x, importance, 2.0)
     w = _plain_weights(groups) if weights is None else weights.view_as(groups)
-    scale, w = symmetric(groups, w, -4, 3, _STEPS)
+    scale, w = symmetric(groups, w, -4, 3, STEPS)
     d = shared(scale.view(-1, 16), w.view(-1, 16), -32, 31, _SCALE_STEPS)
     q, scales, d = _symmetric_levels(x, scale, d, 4, 32)
     scales += 32
@@ -161,7 +160,7 @@ def encode_q6(x: Tensor, importance: Tensor | None) -> Tensor:
     """[B, 256] -> [B, 210]: low bits [128], high bits [64], scales [16], d."""
     groups = x.view(-1, 16)
     w = groups.square() if importance is None else importance.reshape(-1, 16)
-    scale, w = symmetric(groups, w, -32, 31, _STEPS)
+    scale, w = symmetric(groups, w, -32, 31, STEPS)
     d = shared(scale.view(-1, 16), w.view(-1, 16), -128, 127, (0.0,))
     q, scales, d = _symmetric_levels(x, scale, d, 32, 128)
     parts = q.view(-1, 2, 4, 32)
