@@ -153,7 +153,7 @@ ROWS = {row.name: row for row in (
     Row("8b-nf4-short-unpacked", "8B NF4, 40 short rows", "llama8b", "nf4", 40, 2048, workload="short",
         target=14_000, peers=("unsloth",)),
     Row("8b-nf4-65536", "8B NF4, 1×65536", "llama8b", "nf4", 1, 65536, budget=12, target=7_000, peak=12,
-        peers=("unsloth",), steps=6, warmup=2),
+        peers=("unsloth",), steps=4, warmup=1),
     Row("phi3mini-nf4", "Phi-3-mini NF4, 4×2048", "phi3mini", "nf4", 4, 2048, budget=4, target=22_500, peak=4,
         peers=("unsloth", "hf")),
     Row("llama1b-bf16", "1B bf16, 4×2048", "llama1b", "bf16", 4, 2048, target=105_000, peers=("unsloth", "hf")),

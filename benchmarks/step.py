@@ -1,6 +1,6 @@
 """The table: a training step by gazelle and by other libraries, each case in a process of its own.
 
-    python -m benchmarks.step [ROW...] [--no-peers] [--out benchmarks/results/step-DEVICE.json] [--quick]
+    python -m benchmarks.step [ROW...] [--no-peers] [--who NAME...] [--out benchmarks/results/step-DEVICE.json]
 
 Rows are those of benchmarks/shapes.py; without a name, all of them. A result takes the place of an earlier one of the
 same row and library in the file, which is written after every case, so a long table can be measured in several goes.
@@ -28,7 +28,8 @@ def main() -> int:
     options = arguments()
     folder = (options.models or models_folder(options.tiny)).resolve()
     rows = [ROWS[name] for name in options.rows or ROWS]
-    cases = [(row, who) for row in rows for who in ("gazelle", *(row.peers if options.peers else ()))]
+    cases = [(row, who) for row in rows for who in ("gazelle", *(row.peers if options.peers else ()))
+             if not options.who or who in options.who]
     # Cases with the same weights follow each other: where memory is short, weights make room for others'.
     cases.sort(key=lambda case: list(SHAPES).index(shape_of(*case).name))
     found = []
@@ -53,6 +54,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     parser.add_argument("--peers", action=argparse.BooleanOptionalAction, default=True, help="other libraries too")
+    parser.add_argument("--who", nargs="+", choices=["gazelle", *PEERS], help="these alone")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/step-DEVICE.json")
     parser.add_argument("--models", type=Path, help="where checkpoints are kept; default: in memory")
     parser.add_argument("--timeout", type=float, default=900, help="seconds that a case may take")

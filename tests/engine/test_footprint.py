@@ -14,7 +14,7 @@ from gazelle import accelerate
 from gazelle.engine import loss
 from gazelle.engine.attended import Attended
 from gazelle.engine.footprint import footprint, head_footprint
-from gazelle.engine.keep import ALL, AWAY, CHOICES, KEEP, OFFLOAD, Keep
+from gazelle.engine.keep import ALL, AWAY, CHOICES, KEEP, OFFLOAD, OUTPUT, OUTPUT_AWAY, Keep
 from gazelle.engine.layer import Call
 from gazelle.engine.outline import Batch, LayerOutline, Outline
 from gazelle.engine.passes import Expanded, Pass
@@ -28,8 +28,9 @@ from gazelle.train.loss import batch_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 HOST = [*(replace(keep, host=True) for keep in (KEEP, Keep(mlp=False), Keep(attention=False))),
-        AWAY, replace(AWAY, mlp=False)]
-EVERY = [*CHOICES.values(), *HOST, Keep(attention=False), Keep(mlp=False, chunk=5), Keep(False, False, chunk=5)]
+        AWAY, replace(AWAY, mlp=False), OUTPUT_AWAY, replace(OUTPUT_AWAY, mlp=False)]
+EVERY = [*CHOICES.values(), *HOST, OUTPUT, replace(OUTPUT, mlp=False), Keep(attention=False), Keep(mlp=False, chunk=5),
+         Keep(False, False, chunk=5)]
 STREAM = Outline(layers=(), hidden=8, vocabulary=100, itemsize=2, embedding=0, embedding_moves=False, head=0,
                  head_trains=False, others=0, trained=0, optimizer=0)
 
@@ -178,7 +179,7 @@ def test_what_attention_works_in() -> None:
 
 GPU_CHOICES = {**CHOICES, "attention": Keep(attention=False), "chunked": replace(ALL, chunk=2048),
                "attention kept, chunked": Keep(mlp=False, chunk=2048), "away": AWAY,
-               "away, mlp": replace(AWAY, mlp=False)}
+               "away, mlp": replace(AWAY, mlp=False), "output": OUTPUT, "output away": OUTPUT_AWAY}
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from tests.models.families import adapt, gradients, make, packed, rows, twin
 from torch import Tensor
 
 from gazelle import accelerate
-from gazelle.engine.keep import ALL, AWAY, OFFLOAD, Keep
+from gazelle.engine.keep import ALL, AWAY, OFFLOAD, OUTPUT, OUTPUT_AWAY, Keep
 from gazelle.engine.offload import park, settle
 from gazelle.models.packed import packed_attention_on
 from gazelle.models.swap import swapped_layers
@@ -102,7 +102,7 @@ def test_training_with_inputs_on_the_host() -> None:
                 found.append((loss.item(), gradients(each)))
         return found
 
-    for keep in (ALL, OFFLOAD, AWAY, replace(AWAY, mlp=False)):
+    for keep in (ALL, OFFLOAD, AWAY, replace(AWAY, mlp=False), OUTPUT, OUTPUT_AWAY):
         results.append(steps(keep))
         del peaks[-3:-1]
     for result in results[1:]:

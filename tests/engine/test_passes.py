@@ -9,13 +9,14 @@ from tests.models.families import adapt, gradients, make, packed, rows, twin
 from torch import Tensor
 
 from gazelle import accelerate
-from gazelle.engine.keep import AWAY, CHOICES, KEEP, Keep
+from gazelle.engine.keep import AWAY, CHOICES, KEEP, OUTPUT, OUTPUT_AWAY, Keep
 from gazelle.models.packed import packed_attention_on
 from gazelle.models.swap import swapped_layers
 from gazelle.train.loss import batch_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EVERY = [*CHOICES.values(), Keep(mlp=False, chunk=5), Keep(attention=False), AWAY, replace(AWAY, mlp=False)]
+EVERY = [*CHOICES.values(), Keep(mlp=False, chunk=5), Keep(attention=False), AWAY, replace(AWAY, mlp=False),
+         OUTPUT, replace(OUTPUT, mlp=False), OUTPUT_AWAY, replace(OUTPUT_AWAY, mlp=False)]
 
 
 def ids(seed: int, length: int = 9) -> Tensor:

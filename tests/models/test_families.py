@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from gazelle import accelerate, explain
 from gazelle.engine.dropout import dropped
-from gazelle.engine.keep import AWAY, CHOICES, KEEP, Keep
+from gazelle.engine.keep import AWAY, CHOICES, KEEP, OUTPUT_AWAY, Keep
 from gazelle.models import swap
 from gazelle.models.packed import packed_attention_on
 from gazelle.models.swap import swapped_layers
@@ -141,7 +141,8 @@ def test_all_weights_trained(family: str, tied: bool, wide: None) -> None:
     assert_close(ours, reference(model, rows()))
 
 
-@pytest.mark.parametrize("keep", [*CHOICES.values(), AWAY, CHUNKED], ids=[*CHOICES, "away", "chunked"])
+@pytest.mark.parametrize("keep", [*CHOICES.values(), AWAY, OUTPUT_AWAY, CHUNKED],
+                         ids=[*CHOICES, "away", "output away", "chunked"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_row_with_each_choice(family: str, keep: Keep, wide: None) -> None:
     """As any loop gives it: ids and labels."""
@@ -215,7 +216,8 @@ class SameMask(nn.Module):
         return dropped(x[0], 0.3, self.seed, self.stream)[None]
 
 
-@pytest.mark.parametrize("keep", [*CHOICES.values(), AWAY, CHUNKED], ids=[*CHOICES, "away", "chunked"])
+@pytest.mark.parametrize("keep", [*CHOICES.values(), AWAY, OUTPUT_AWAY, CHUNKED],
+                         ids=[*CHOICES, "away", "output away", "chunked"])
 def test_dropout_of_lora(keep: Keep, wide: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapt(make("llama", 8, dtype=torch.float64), lora_dropout=0.3)
     seeds = iter(range(1, 9))
@@ -261,7 +263,7 @@ def test_what_is_kept_changes_no_bit(family: str, case: str) -> None:
     model = make(family, 220 + SEEDS[family])
     model = trained(model) if case == "full" else adapt(model, lora_dropout=0.2 if case == "dropout" else 0.0)
     results = {}
-    for name, keep in (*CHOICES.items(), ("away", AWAY), ("chunked", CHUNKED)):
+    for name, keep in (*CHOICES.items(), ("away", AWAY), ("output away", OUTPUT_AWAY), ("chunked", CHUNKED)):
         torch.manual_seed(0)
         results[name] = engine(twin(model), rows(), keep)
     loss, grads = results.pop("keep")

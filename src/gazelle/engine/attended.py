@@ -1,4 +1,4 @@
-"""The attention half of a layer between its forward and its backward pass, here or in host memory.
+"""The attention half of a layer between its forward and its backward pass, here, in host memory, or in part made again.
 
 Autograd saves views of a few large tensors for the backward pass of attention. It is made to remember where in these
 they lie, so that they can leave, and come back as whole tensors with the same strides: kernels see what they would have
@@ -6,7 +6,7 @@ seen.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from gazelle.engine.offload import Parked, park
 
 
 class _Saved:
-    """A tensor that autograd saved, or where it lies in one of those that left and are back in `whole`."""
+    """A tensor that autograd saved, or where it lies in one of those that left and are here again in `whole`."""
 
     def __init__(self, tensor: Tensor, whole: list[Tensor]) -> None:
         self.tensor: Tensor | None = tensor
@@ -38,7 +38,6 @@ class Remote:
         self._saved: list[_Saved] = []
         self._whole: list[Tensor] = []
         self._found: list[Tensor] = []
-        self._parked: list[Parked] = []
         self._anchor = torch.zeros((), requires_grad=True)
         self._edge: Any = None
 
@@ -55,25 +54,16 @@ class Remote:
         self._edge = torch.autograd.graph.get_gradient_edge(out)
         return out.detach()
 
-    def send(self, x: Tensor, whole: Sequence[Tensor]) -> Parked:
-        """Send away x, which is returned, and `whole`, the tensors that q, k, v and the output are views of."""
+    def leave(self, whole: Sequence[Tensor]) -> None:
+        """Let go of `whole`, the tensors that q, k, v and the output are views of."""
         places = {tensor.untyped_storage().data_ptr(): number for number, tensor in enumerate(whole)}
         for saved in self._saved:
             if saved.tensor is not None and (place := saved.tensor.untyped_storage().data_ptr()) in places:
                 saved.leave(places[place])
-        first, *self._parked = park(x, *whole)
-        return first
 
-    def fetch(self) -> None:
-        """Begin to bring back what was sent away."""
-        for parked in self._parked:
-            parked.fetch()
-
-    def back(self) -> list[Tensor]:
-        """What was sent away, here again."""
-        self._whole[:] = [parked.get() for parked in self._parked]
-        self._parked = []
-        return list(self._whole)
+    def back(self, whole: Sequence[Tensor]) -> None:
+        """`whole` is here again."""
+        self._whole[:] = whole
 
     def gradients(self, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv."""
@@ -110,31 +100,51 @@ class Attended:
     call: Remote | tuple[Tensor, Tensor, Tensor]  # or q, k, v, which out hangs on
     z_o: Tensor | None = None
     branch: Tensor | None = None  # what o gave, if it is normalised before it is added
+    away: list[Parked] = field(default_factory=list)
 
     @property
     def out(self) -> Tensor:
         return self.whole[-1]
 
+    @property
+    def has_qkv(self) -> bool:
+        """False if queries, keys and values have to be made again."""
+        return len(self.whole) > 1
+
     def gradients(self, dout: Tensor) -> tuple[Tensor, ...]:
         """dq, dk and dv from the gradient of out."""
         if isinstance(self.call, Remote):
+            self.call.back(self.whole)
             return self.call.gradients(dout)
         return torch.autograd.grad(self.out, self.call, dout)
 
-    def send(self, x: Tensor) -> Parked:
-        """Send what is large to the host, with x."""
+    def leave(self, x: Tensor, *, qkv: bool, host: bool) -> Tensor | Parked:
+        """Let go of what is large: what is not kept, and with `host`, what waits there together with x.
+
+        Args:
+            x: the layer's input.
+            qkv: queries, keys and values are kept.
+            host: what is kept lies in host memory.
+
+        Returns:
+            x, or where it is.
+        """
         if not isinstance(self.call, Remote):
             raise TypeError("attention that was not called to be sent away")
-        parked = self.call.send(x, self.whole)
+        self.call.leave(self.whole)
+        self.whole = self.whole if qkv else self.whole[-1:]
+        if not host:
+            return x
+        first, *self.away = park(x, *self.whole)
         self.whole, self.branch = (), None
-        return parked
+        return first
 
     def fetch(self) -> None:
-        """Begin to bring it back."""
-        if isinstance(self.call, Remote):
-            self.call.fetch()
+        """Begin to bring back what waits in host memory."""
+        for parked in self.away:
+            parked.fetch()
 
     def back(self) -> None:
         """Bring it back."""
-        if isinstance(self.call, Remote) and not self.whole:
-            self.whole = tuple(self.call.back())
+        if self.away:
+            self.whole, self.away = tuple(parked.get() for parked in self.away), []

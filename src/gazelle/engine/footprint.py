@@ -38,22 +38,21 @@ def footprint(layer: LayerOutline, keep: Keep, T: int, itemsize: int) -> Footpri
 
     stream = T * H * itemsize
     # Besides numbers of the type of computation: sums of exponentials, and factors of norms.
-    attended = T * itemsize * (spec.qkv_size + Q + R_qkv + R_o) + T * 4 * (spec.heads + 1)
-    leaves = T * itemsize * (spec.qkv_size + Q)  # of which, this can wait in host memory
+    heads, out = T * itemsize * (spec.qkv_size + (QK if spec.qk_norm else 0)), T * itemsize * Q
+    attended = heads + out + T * itemsize * (R_qkv + R_o) + T * 4 * (spec.heads + 1)
     if spec.qk_norm:
-        attended += T * itemsize * QK + T * 4 * (spec.heads + spec.kv_heads)
-        leaves += T * itemsize * QK
+        attended += T * 4 * (spec.heads + spec.kv_heads)
     if spec.post_norms:
         attended += stream
+    again = 0 if keep.qkv or not keep.attention else heads  # what is there in passes alone
+    leaves = heads - again + out if keep.attention_host else 0  # what waits in host memory
     expanded = T * itemsize * (2 * F + 2 * R_gate_up) + T * 4 + (stream if spec.post_norms else 0)
     # The input, and the stream between the halves, or what that is made of again.
-    between = leaves if keep.attention_host else stream if keep.attention or keep.mlp else 0
+    between = leaves or (stream if keep.attention or keep.mlp else 0)
     parked = stream + between if keep.host else 0
     kept = T * itemsize * R_down + (expanded if keep.mlp else 0) + (0 if keep.host else stream + between)
-    if keep.attention_host:
-        kept += attended - leaves - (stream if spec.post_norms else 0)
-    elif keep.attention:
-        kept += attended
+    if keep.attention:
+        kept += attended - again - leaves - (stream if spec.post_norms and keep.attention_host else 0)
 
     entry = rows * itemsize * (H + R_gate_up)
     gate_up = rows * itemsize * (2 * F + 2 * R_gate_up)
@@ -62,10 +61,9 @@ def footprint(layer: LayerOutline, keep: Keep, T: int, itemsize: int) -> Footpri
     # Forward: the input (counted as kept by the layer below or by this one), the stream between, the output.
     outputs = stream if rows == T else 2 * stream
     forward = outputs + (0 if keep.mlp else gate_up) + inner + rows * itemsize * R_down + branch
-    forward = max(forward, T * itemsize * (H + R_qkv) + (0 if keep.attention else attended)) + stream
-    if keep.attention_host:
-        forward += leaves
-    forward += parked  # of the layer below, on its way to the host
+    attending = T * itemsize * (H + R_qkv) + (again if keep.attention else attended)
+    # And what leaves, and what the layer below sent, on their way to the host.
+    forward = max(forward, attending) + stream + leaves + parked
 
     fixed = T * itemsize * (H + max(R_o, R_down)) + layer.gradients
     if keep.host:  # this layer's and the next one's, which is on its way
@@ -84,7 +82,7 @@ def footprint(layer: LayerOutline, keep: Keep, T: int, itemsize: int) -> Footpri
     attending = T * itemsize * (Q + spec.qkv_size)
     if spec.softcap is None and itemsize == 2:
         attending += T * (4 * Q + (2 * itemsize * Q if spec.kv_heads < spec.heads else 0))
-    attention = max(attending, T * itemsize * (2 * (spec.qkv_size + R_qkv) + H))
+    attention = again + max(attending, T * itemsize * (2 * (spec.qkv_size + R_qkv) + H))
     return Footprint(kept, forward, fixed + max(mlp, attention), parked)
 
 

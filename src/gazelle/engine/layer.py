@@ -11,6 +11,7 @@ from torch import Tensor
 from gazelle.engine.dropout import new_seed
 from gazelle.engine.keep import KEEP, Keep
 from gazelle.engine.linear import Projection
+from gazelle.engine.offload import settle
 from gazelle.engine.spec import DecoderSpec
 from gazelle.engine.stream import WeightStream
 from gazelle.kernels.activation import MOST_RANKS
@@ -36,11 +37,18 @@ class Norms:
 
 @dataclass
 class Shared:
-    """What the layers of one model share: the buffer [T, ≥ H] in which the gradient of the residual stream lies."""
+    """What the layers of one model share: a buffer [T, H + room] in which the gradient of the residual stream lies."""
 
     gradient: Tensor | None = None
+    room: int = 0  # columns beside the stream's, for those of adapters
     in_place: bool = False  # adapters' gradients are added to buffers that stay where they are
     last: "weakref.ref[Any] | None" = None  # the pass made last, whose layer is the one below the next
+
+    def begin(self, T: int, H: int, like: Tensor) -> Tensor:
+        """A new buffer, of the type of `like` and on its device: a backward pass begins."""
+        settle(like.device)
+        self.gradient = torch.empty(T, H + self.room, dtype=like.dtype, device=like.device)
+        return self.gradient
 
 
 @dataclass
@@ -63,6 +71,7 @@ class Layer:
         for projection in self.projections:
             found.extend(projection.trainable())
         self.trainable = tuple(found)
+        self.shared.room = max(self.shared.room, self.o.R, self.down.R)
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from gazelle.engine.attended import Attended, Remote
 from gazelle.engine.layer import Call, Layer
 from gazelle.engine.linear import Bordered, Gradients, Projection
-from gazelle.engine.offload import Parked, park, settle
+from gazelle.engine.offload import Parked, park
 from gazelle.engine.spec import DecoderSpec
 from gazelle.kernels.activation import gated, gated_backward, gated_backward_sums
 from gazelle.kernels.attention import Rows, attention
@@ -80,11 +80,14 @@ class Pass:
         self.layer.arrive(forward=True)
         # What attention drops is drawn from torch's generator: it cannot be drawn again.
         keep_attention = keep.attention or (self.call.training and self.layer.spec.attention_dropout > 0)
-        attended = self._attend(x, differentiable=keep_attention, remote=keep.attention_host)
+        leaves = keep.attention and (keep.attention_host or not keep.qkv)
+        attended = self._attend(x, differentiable=keep_attention, remote=leaves)
         mid = self._add_attention(attended, x)
         kept: list[Any] = [x, mid] if keep.attention or keep.mlp else [x]
-        if keep.attention_host:  # at once, so that copies have as long as there is
-            kept = [attended.send(x)]
+        if leaves:  # at once, so that copies have as long as there is
+            kept[0] = attended.leave(x, qkv=keep.qkv, host=keep.attention_host)
+        if keep.attention_host:
+            kept = kept[:1]
         elif keep.host:
             kept = park(*kept)
         self.x, self.mid = (*kept, None)[:2]
@@ -104,24 +107,31 @@ class Pass:
             self.attended.fetch()
 
     def _attend(self, x: Tensor, *, differentiable: bool, remote: bool = False) -> Attended:
-        layer, spec, call = self.layer, self.layer.spec, self.call
-        T = x.shape[0]
-        entry = layer.qkv.input(T)
-        _, rstd = rms_norm(x, layer.norms.attention, spec.eps, spec.norm_offset, out=entry[:, : spec.hidden])
-        qkv, z_qkv = layer.qkv.forward(entry, layer.qkv.matrix(), seed=call.seed(0))
-        q, k, v, rstds = self._positioned(qkv)
+        spec, call = self.layer.spec, self.call
+        whole, (q, k, v), z_qkv, rstd, rstds = self._project(x, self.layer.qkv.matrix())
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attention(q, k, v, call.rows, spec.attention_scale, spec.window, spec.softcap,
                              spec.attention_dropout if call.training else 0.0)
 
-        whole = (qkv,) if rstds is None else (qkv, q, k)
         if remote:
             way = Remote()
             return Attended(z_qkv, rstd, rstds, (*whole, way(attend, q, k, v)), way)
         with torch.set_grad_enabled(differentiable):
             q, k, v = (part.detach().requires_grad_(differentiable) for part in (q, k, v))
             return Attended(z_qkv, rstd, rstds, (*whole, attend(q, k, v)), (q, k, v))
+
+    def _project(self, x: Tensor, W: Bordered) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor],
+                                                        Tensor | None, Tensor, tuple[Tensor, Tensor] | None]:
+        """Tensors that queries, keys and values are views of, these themselves, z, and the factors of the norm before
+        and of those of queries and keys.
+        """
+        layer, spec = self.layer, self.layer.spec
+        entry = layer.qkv.input(x.shape[0])
+        _, rstd = rms_norm(x, layer.norms.attention, spec.eps, spec.norm_offset, out=entry[:, : spec.hidden])
+        qkv, z = layer.qkv.forward(entry, W, seed=self.call.seed(0))
+        q, k, v, rstds = self._positioned(qkv)
+        return (qkv,) if rstds is None else (qkv, q, k), (q, k, v), z, rstd, rstds
 
     def _add_attention(self, attended: Attended, x: Tensor) -> Tensor:
         """The stream [T, H] between attention and MLP."""
@@ -232,14 +242,12 @@ class Pass:
         layer, shared = self.layer, self.layer.shared
         width = layer.spec.hidden + max(layer.o.R, layer.down.R)
         held = shared.gradient
-        if held is None:
-            settle(dy.device)
         if held is not None and held.shape[1] >= width and held.data_ptr() == dy.data_ptr() \
                 and held.stride() == dy.stride():
             return held
-        shared.gradient = torch.empty(dy.shape[0], width, dtype=dy.dtype, device=dy.device)
-        shared.gradient[:, : layer.spec.hidden].copy_(dy)
-        return shared.gradient
+        begun = shared.begin(len(dy), layer.spec.hidden, dy)
+        begun[:, : layer.spec.hidden].copy_(dy)
+        return begun
 
     def _branch_gradient(self, stream: Tensor, projection: Projection, after: Tensor | None, branch: Tensor | None,
                          grads: Gradients) -> Tensor:
@@ -308,6 +316,8 @@ class Pass:
         W = layer.o.matrix(again=True)
         dout = layer.o.input_gradient(d, W, call.seed(1))
         layer.o.parameter_gradients(d, attended.out.detach().flatten(1), W, attended.z_o, grads, call.seed(1))
+        if not attended.has_qkv:
+            attended.whole = (*self._project(x, layer.qkv.matrix(again=True))[0], attended.out)
         dq, dk, dv = attended.gradients(dout.view(attended.out.shape))
         del dout
         dqkv = self._positioned_backward(dq, dk, dv, attended, grads)

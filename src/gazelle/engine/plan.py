@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from gazelle.engine.footprint import Footprint, footprint, head_footprint
-from gazelle.engine.keep import ALL, ATTENTION, AWAY, KEEP, MLP, Keep
+from gazelle.engine.keep import ALL, ATTENTION, AWAY, KEEP, MLP, OUTPUT, OUTPUT_AWAY, Keep
 from gazelle.engine.outline import Batch, Outline
 from gazelle.engine.search import Option, fastest, least
 from gazelle.engine.stream import BUFFERS
@@ -23,6 +23,7 @@ class Rates:
     Attributes:
         forward, backward: of a layer that keeps everything.
         attention, mlp: making again what these halves would have kept.
+        qkv: making queries, keys and values again, a part of `attention`.
         head: the loss head, forward and backward.
         link: bytes a second between host and device; 0 if there is no host memory apart.
         rest: what a step takes besides: the optimizer, and what runs between the layers.
@@ -31,6 +32,7 @@ class Rates:
     forward: float
     backward: float
     attention: float
+    qkv: float
     mlp: float
     head: float
     link: float
@@ -39,7 +41,7 @@ class Rates:
     def scaled(self, factor: float) -> "Rates":
         """For `factor` times as many tokens."""
         return replace(self, forward=self.forward * factor, backward=self.backward * factor, mlp=self.mlp * factor,
-                       attention=self.attention * factor, head=self.head * factor)
+                       attention=self.attention * factor, qkv=self.qkv * factor, head=self.head * factor)
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class TooSmallError(Exception):
 
 
 def make_plan(outline: Outline, batch: Batch, budget: int, rates: Rates | None, *, host: bool = True,
-              allowed: Callable[[Keep], bool] | None = None, streams: bool = True) -> Plan:
+              allowed: Callable[[Keep], bool] | None = None, streams: bool = True,
+              host_memory: int | None = None) -> Plan:
     """The fastest plan whose predicted peak is within the budget.
 
     Args:
@@ -104,20 +107,30 @@ def make_plan(outline: Outline, batch: Batch, budget: int, rates: Rates | None, 
         host: there is host memory apart from the device's, to move things to.
         allowed: which choices may be made; all without it.
         streams: weights of layers may stream from host memory.
+        host_memory: bytes that may be used there; None for as many as it takes.
 
     Raises:
         TooSmallError: nothing fits.
     """
     drafts: list[_Draft] = []
+    known = rates or by_operations(outline, batch)
     # FlexAttention is compiled: what it saves for its backward pass cannot be sent away.
     leaves = all(layer.spec.softcap is None for layer in outline.layers)
 
     def fastest_of(chunks: list[int | None], embeddings: list[bool], streamed: int = 0) -> Plan | None:
-        tried = [_Draft(outline, batch, rates, options, embedding_on_host=embedding, streamed=streamed)
+        # To make queries, keys and values again is worth trying only where that is the smaller part of the attention.
+        tried = [_Draft(outline, batch, rates, options, embedding_on_host=embedding, streamed=streamed,
+                        host_memory=host_memory)
                  for chunk in chunks for embedding in embeddings
-                 if (options := choices(host=host, away=leaves, chunk=chunk, allowed=allowed))]
+                 if (options := choices(host=host, away=leaves, parts=known.qkv < known.attention / 2, chunk=chunk,
+                                        allowed=allowed))]
         drafts.extend(tried)
-        plans = [(plan, draft) for draft in tried if (plan := draft.plan(budget)) is not None]
+        plans = []
+        for draft in tried:
+            if (plan := draft.plan(budget)) is not None:
+                plans.append((plan, draft))
+                if set(plan.keeps) == {KEEP}:  # nothing is faster
+                    break
         return min(plans, key=lambda found: found[1].seconds(found[0].keeps))[0] if plans else None
 
     moves = [False, True] if host and outline.embedding_moves else [False]
@@ -125,18 +138,35 @@ def make_plan(outline: Outline, batch: Batch, budget: int, rates: Rates | None, 
     for chunk in (None, *pieces):
         if plan := fastest_of([chunk], moves):
             return plan
-    for streamed in range(1, len(outline.layers) + 1) if host and streams else ():
-        if plan := fastest_of([None, *pieces[-1:]], moves[-1:], streamed):
-            return plan
-    raise TooSmallError(min(draft.smallest() for draft in drafts))
+    last_resort, count = [None, *pieces[-1:]], len(outline.layers)
+    for streamed in range(1, count + 1) if host and streams else ():
+        if plan := fastest_of(last_resort, moves[-1:], streamed):
+            # Where layers take long, weights arrive unnoticed, and what they leave free is worth more.
+            more = {streamed + part * (count - streamed) // 8 for part in (1, 2, 4, 8)} - {streamed}
+            others = (fastest_of(last_resort, moves[-1:], number) for number in sorted(more))
+            return min([plan, *filter(None, others)], key=lambda found: found.seconds or 0.0)
+    sizes = [size for draft in drafts if (size := draft.smallest()) is not None]
+    if not sizes:  # only what lies on the host was allowed, and there is too little of that to be sure
+        return make_plan(outline, batch, budget, rates, host=host, allowed=allowed, streams=streams)
+    raise TooSmallError(min(sizes))
 
 
-def choices(*, host: bool, away: bool = True, chunk: int | None = None,
+def choices(*, host: bool, away: bool = True, parts: bool = True, chunk: int | None = None,
             allowed: Callable[[Keep], bool] | None = None) -> list[Keep]:
-    """All that a layer may choose from; `away`: attention's tensors may leave for the host."""
+    """All that a layer may choose from.
+
+    Args:
+        host: there is host memory apart.
+        away: attention's tensors may leave for it.
+        parts: with `away`, the attention's output may be kept alone.
+        chunk: tokens that the MLP takes at a time where gate and up are not kept.
+        allowed: which choices may be made.
+    """
     found = [replace(keep, host=there) for there in ([False, True] if host else [False])
              for keep in (KEEP, MLP, ATTENTION, ALL)]
-    found += [replace(AWAY, mlp=mlp) for mlp in (True, False) if host and away]
+    if host and away:
+        found += [replace(keep, mlp=mlp) for keep in (AWAY, OUTPUT, OUTPUT_AWAY)[: 3 if parts else 1]
+                  for mlp in (True, False)]
     return [replace(keep, chunk=None if keep.mlp else chunk) for keep in found if allowed is None or allowed(keep)]
 
 
@@ -144,8 +174,8 @@ class _Draft:
     """A plan in the making: where embedding, weights and chunks are is settled, what the layers keep is not."""
 
     def __init__(self, outline: Outline, batch: Batch, rates: Rates | None, options: list[Keep], *,
-                 embedding_on_host: bool, streamed: int = 0) -> None:
-        self.outline, self.batch, self.options = outline, batch, options
+                 embedding_on_host: bool, streamed: int = 0, host_memory: int | None = None) -> None:
+        self.outline, self.batch, self.options, self.host_memory = outline, batch, options, host_memory
         self.measured = rates is not None
         self.rates = rates or by_operations(outline, batch)
         self.embedding_on_host, self.streamed = embedding_on_host, streamed
@@ -154,11 +184,14 @@ class _Draft:
 
     def plan(self, budget: int) -> Plan | None:
         """The fastest within the budget; None if there is none."""
-        found = []
-        for options in self._uses_of_host():
+        found, everything = [], [KEEP] * len(self.outline.layers)
+        if KEEP in self.options and sum(self.static.values()) + self.activations(everything) <= budget:
+            found.append(everything)
+        for options in [] if found else self._uses_of_host():
             numbers = fastest(self._layers(options), self._head(options), budget - sum(self.static.values()))
             if numbers is not None:
                 found.append([options[number] for number in numbers])
+        found = [keeps for keeps in found if self.host_memory is None or self._on_host(keeps) <= self.host_memory]
         if not found:
             return None
         keeps = min(found, key=self.seconds)
@@ -166,10 +199,13 @@ class _Draft:
         seconds = self.seconds(keeps) if self.measured else None
         return Plan(tuple(keeps), self.streamed, self.embedding_on_host, parts, sum(parts.values()), seconds, budget)
 
-    def smallest(self) -> int:
-        """The smallest budget for which there is a plan."""
-        activations = min(least(self._layers(options), self._head(options)) for options in self._uses_of_host())
-        return sum(self.static.values()) + activations
+    def smallest(self) -> int | None:
+        """The smallest budget for which there is a plan; None if it might take more host memory than there is."""
+        count = len(self.outline.layers)
+        uses = [options for options in self._uses_of_host() if self.host_memory is None or self._on_host(
+            [max(options, key=lambda keep: self._footprint(keep).parked)] * count) <= self.host_memory]
+        sizes = [least(self._layers(options), self._head(options)) for options in uses]
+        return sum(self.static.values()) + min(sizes) if sizes else None
 
     def activations(self, keeps: Sequence[Keep]) -> int:
         """The most that lies on the device besides what stays, at any point of a step."""
@@ -196,6 +232,13 @@ class _Draft:
         """Options by how much they send to the host: what is still on its way there takes room beside the head."""
         sent = {keep: self._footprint(keep).parked for keep in self.options}
         return [[keep for keep in self.options if sent[keep] <= most] for most in sorted(set(sent.values()))]
+
+    def _on_host(self, keeps: Sequence[Keep]) -> int:
+        """Bytes in host memory."""
+        weights = sum(layer.weights for layer in self.outline.layers[: self.streamed])
+        parked = sum(footprint(layer, keep, self.batch.tokens, self.outline.itemsize).parked
+                     for layer, keep in zip(self.outline.layers, keeps, strict=True))
+        return parked + weights + (self.outline.embedding if self.embedding_on_host else 0)
 
     def _head(self, keeps: Sequence[Keep]) -> int:
         return self._sent(keeps) + head_footprint(self.outline, self.batch)
@@ -229,12 +272,13 @@ class _Draft:
     def _cost(self, keep: Keep) -> float:
         """Seconds that a choice costs a layer, above keeping everything."""
         rates = self.rates
-        again = (0 if keep.attention else rates.attention) + (0 if keep.mlp else rates.mlp)
+        attention = (0 if keep.qkv else rates.qkv) if keep.attention else rates.attention
+        again = attention + (0 if keep.mlp else rates.mlp)
         if not keep.host or not rates.link:
             return again
-        if keep.attention_host:  # the product behind attention is made again: at most so much of what comes before it
+        if keep.attention_host:  # the product behind attention is made again: so much of the one before it
             spec = self.outline.layers[0].spec
-            again += rates.attention * spec.q_size / spec.qkv_size
+            again += rates.qkv * spec.q_size / spec.qkv_size
         # Copies run beside the computation; what cannot hide there is waited for. Never quite free.
         transfer = self._footprint(keep).parked / rates.link
         waited = max(0.0, transfer - rates.forward) + max(0.0, transfer - rates.backward - again)
@@ -273,13 +317,15 @@ def by_operations(outline: Outline, batch: Batch) -> Rates:
     down = linear * spec.intermediate
     unit = 1e-14
     forward = (attention + mlp + down) * unit
-    return Rates(forward, 2 * forward, attention * unit, mlp * unit, 0.0, 5e10)
+    return Rates(forward, 2 * forward, attention * unit, linear * spec.qkv_size * unit, mlp * unit, 0.0, 5e10)
 
 
 def _words(keep: Keep) -> str:
     again = {(True, True): "keep everything", (True, False): "make gate and up again",
              (False, True): "make the attention again", (False, False): "make everything again"}
     words = again[keep.attention, keep.mlp]
+    if keep.attention and not keep.qkv:
+        words = "make queries, keys and values again" if keep.mlp else "keep the attention's output alone"
     if keep.chunk is not None:
         words += f" ({keep.chunk} tokens at a time)"
     if keep.attention_host:

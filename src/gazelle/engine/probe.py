@@ -3,13 +3,15 @@
 Shapes: T tokens, N outputs, K inputs, R adapter columns, H hidden, V vocabulary.
 """
 
+import itertools
+import statistics
 import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from gazelle.engine.keep import ATTENTION, KEEP, MLP, Keep
+from gazelle.engine.keep import ATTENTION, KEEP, MLP, OUTPUT, Keep
 from gazelle.engine.layer import Call, Layer, Norms, Shared
 from gazelle.engine.linear import Adapter, Gradients, Linear, Projection
 from gazelle.engine.linear_cpu import make_projection
@@ -23,7 +25,8 @@ from gazelle.kernels.nf4 import Nested
 from gazelle.quantize.storage import NF4, Dense, Int8, Storage
 
 _RUNS_ON_CPU = 2
-_LOAD_SECONDS = 0.2
+_LOAD_SECONDS = 0.4
+_REPLAYS = 3
 _LINK_BYTES = 2**26
 _LEAST = 0.1  # of a forward pass
 
@@ -32,7 +35,8 @@ def probe(outline: Outline, batch: Batch, device: torch.device, dtype: torch.dty
           head: Tensor | None = None) -> Rates:
     """The rates of a model's most frequent layer.
 
-    Takes the memory of one layer with its activations, and little more than the time of eight passes through it.
+    Takes the memory of one layer with its activations, and the time of some ten passes through it, on a GPU half a
+    second.
 
     Args:
         outline: the model.
@@ -42,14 +46,23 @@ def probe(outline: Outline, batch: Batch, device: torch.device, dtype: torch.dty
         head: the head's weight [V, H]; without one, random numbers stand in for it.
     """
     kind = max(set(outline.layers), key=outline.layers.count)
-    run = _Runner(kind, batch, device, dtype, precision)
-    forward = run.time(KEEP, backward=False)
-    kept, no_mlp, no_attention = (run.time(keep) for keep in (KEEP, MLP, ATTENTION))
-    loss = _head_time(outline, batch, device, dtype, head) if batch.labelled else 0.0
+    layer = _Runner(kind, batch, device, dtype, precision)
+    runs = {"forward": layer.run(KEEP, backward=False), "kept": layer.run(KEEP), "mlp": layer.run(MLP),
+            "attention": layer.run(ATTENTION)}
+    if device.type == "cuda":  # choices only where there is host memory apart
+        runs["link"] = _copy(device)
+        if kind.spec.softcap is None:
+            runs["qkv"] = layer.run(OUTPUT)
+    if batch.labelled:
+        runs["head"] = _head(outline, batch, device, dtype, head)
+    took = times(runs, device)
+    forward, kept = took["forward"], took["kept"]
     # Whatever the clock says, making something again is never free: what fits is kept, in every run.
     least = _LEAST * forward
-    return Rates(forward=forward, backward=max(kept - forward, 0.0), attention=max(no_attention - kept, least),
-                 mlp=max(no_mlp - kept, least), head=loss, link=_link(device))
+    attention, mlp = (max(took[half] - kept, least) for half in ("attention", "mlp"))
+    qkv = min(attention, max(took.get("qkv", took["attention"]) - kept, _LEAST * least))
+    return Rates(forward=forward, backward=max(kept - forward, 0.0), attention=attention, qkv=qkv, mlp=mlp,
+                 head=took.get("head", 0.0), link=_LINK_BYTES / took["link"] if "link" in took else 0.0)
 
 
 class _Runner:
@@ -70,46 +83,48 @@ class _Runner:
         self.x = torch.randn(T, spec.hidden, device=device).to(dtype)
         self.dy = torch.randn(T, spec.hidden, device=device).to(dtype)
 
-    def time(self, keep: Keep, *, backward: bool = True) -> float:
-        """Seconds of a pass."""
-        self.layer.keep = keep
+    def run(self, keep: Keep, *, backward: bool = True) -> Callable[[], object]:
+        """A pass, to be timed."""
 
         def run() -> None:
-            self.layer.shared.gradient = None
-            way = Pass(self.layer, self.call)
-            way.forward_keeping(self.x)
-            if backward:
-                way.backward(self.dy, Gradients(self.layer.trainable, in_place=True), wants_input=True)
+            self.layer.keep, self.layer.shared.gradient = keep, None
+            with torch.no_grad():
+                way = Pass(self.layer, self.call)
+                way.forward_keeping(self.x)
+                if backward:
+                    way.backward(self.dy, Gradients(self.layer.trainable, in_place=True), wants_input=True)
 
-        with torch.no_grad():
-            return best_time(run, self.device)
+        return run
 
 
-def best_time(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a function keeps a device busy: on a CPU the least of a few runs.
+def times(runs: dict[str, Callable[[], object]], device: torch.device) -> dict[str, float]:
+    """Seconds that each function keeps a device busy: on a CPU the least of a few runs.
 
-    On a GPU it is replayed from a CUDA graph, so that launching its kernels does not count, as the host runs ahead; and
-    for as long as it takes the clocks to come down to what they are under load.
+    On a GPU they are replayed one after another from one CUDA graph, so that launching their kernels does not count, as
+    the host runs ahead; and for as long as it takes the clocks to come down to what they are under load.
     """
-    run()
-    if device.type != "cuda":
-        return min(_timed(run) for _ in range(_RUNS_ON_CPU))
-    graph = torch.cuda.CUDAGraph()
-    run()
-    torch.cuda.synchronize(device)
-    with torch.cuda.graph(graph):
+    for run in runs.values():
         run()
+    if device.type != "cuda":
+        return {name: min(_timed(run) for _ in range(_RUNS_ON_CPU)) for name, run in runs.items()}
+    graph = torch.cuda.CUDAGraph()
+    marks = [torch.cuda.Event(enable_timing=True, external=True) for _ in range(len(runs) + 1)]
+    with torch.cuda.graph(graph):
+        marks[0].record()
+        for run, mark in zip(runs.values(), marks[1:], strict=True):
+            run()
+            mark.record()
 
-    def replayed(count: int) -> float:
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(count):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3 / count
+    def replayed() -> list[float]:
+        graph.replay()
+        torch.cuda.synchronize(device)
+        return [begin.elapsed_time(end) / 1e3 for begin, end in itertools.pairwise(marks)]
 
-    return replayed(max(2, min(int(_LOAD_SECONDS / replayed(1)), 1000)))
+    began, taken = time.perf_counter(), [replayed()]
+    while len(taken) < _REPLAYS or time.perf_counter() - began < _LOAD_SECONDS:
+        taken.append(replayed())
+    return {name: statistics.median(column) for name, column in zip(runs, zip(*taken[len(taken) // 2 :], strict=True),
+                                                                   strict=True)}
 
 
 def _timed(run: Callable[[], object]) -> float:
@@ -118,21 +133,21 @@ def _timed(run: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _head_time(outline: Outline, batch: Batch, device: torch.device, dtype: torch.dtype, head: Tensor | None) -> float:
+def _head(outline: Outline, batch: Batch, device: torch.device, dtype: torch.dtype,
+          head: Tensor | None) -> Callable[[], object]:
     if head is None:
         head = torch.randn(outline.vocabulary, outline.hidden, device=device, dtype=dtype)
+    weight = head.detach()
     hidden = torch.randn(batch.labelled, outline.hidden, device=device, dtype=dtype, requires_grad=True)
     targets = torch.randint(outline.vocabulary, (batch.labelled,), device=device)
-    return best_time(lambda: linear_cross_entropy(hidden, head.detach(), targets).backward(), device)
+    return lambda: linear_cross_entropy(hidden, weight, targets).backward()
 
 
-def _link(device: torch.device) -> float:
-    """Bytes a second between pinned host memory and a GPU; 0 for other devices."""
-    if device.type != "cuda":
-        return 0.0
+def _copy(device: torch.device) -> Callable[[], object]:
+    """A copy from pinned host memory to a GPU."""
     host = torch.empty(_LINK_BYTES, dtype=torch.uint8, pin_memory=True)
     there = torch.empty(_LINK_BYTES, dtype=torch.uint8, device=device)
-    return _LINK_BYTES / best_time(lambda: there.copy_(host, non_blocking=True), device)
+    return lambda: there.copy_(host, non_blocking=True)
 
 
 def _random_layer(kind: LayerOutline, device: torch.device, dtype: torch.dtype, precision: str) -> Layer:

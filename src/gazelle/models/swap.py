@@ -23,10 +23,10 @@ from gazelle.engine.keep import ALL, KEEP, Keep
 from gazelle.engine.layer import Layer, Norms, Shared
 from gazelle.engine.linear import Projection
 from gazelle.engine.linear_cpu import make_projection
-from gazelle.engine.norm import final_norm
 from gazelle.engine.passes import run_layer
 from gazelle.engine.scratch import Scratch
 from gazelle.models.families import FAMILIES, UnsupportedError, spec_of
+from gazelle.models.final_norm import FusedNorm
 from gazelle.models.head import FusedHead, head_refusal, logits_of
 from gazelle.models.linears import hooked, read_linear, state_of
 from gazelle.models.rows import rows_of
@@ -106,21 +106,7 @@ class _FusedLayer(nn.Module):
         return y.view(batch, length, width)
 
 
-class _FusedNorm(nn.Module):
-    """The norm behind the last layer."""
-
-    gazelle_offset: float
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        weight: Any = self.weight
-        if weight.dtype != hidden_states.dtype:
-            return super().forward(hidden_states)
-        eps: Any = getattr(self, "variance_epsilon", None) or self.eps
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        return final_norm(flat, weight, eps, self.gazelle_offset).view(hidden_states.shape)
-
-
-_SWAPPED = (_FusedLayer, _FusedNorm, FusedHead)
+_SWAPPED = (_FusedLayer, FusedNorm, FusedHead)
 _CACHE = "it has a cache"
 _classes: dict[tuple[type, type], type] = {}
 
@@ -288,9 +274,11 @@ def accelerate(model: Any, precision: str = "auto") -> Any:
             continue
         layer.gazelle = Swapped(number, engine)
         layer.__class__ = _subclass(_FusedLayer, type(layer))
-    if not isinstance(decoder.norm, _FusedNorm) and not refused:
+    if not isinstance(decoder.norm, FusedNorm) and not refused:
         decoder.norm.gazelle_offset = FAMILIES[config.model_type].norm_offset
-        decoder.norm.__class__ = _subclass(_FusedNorm, type(decoder.norm))
+        decoder.norm.__class__ = _subclass(FusedNorm, type(decoder.norm))
+    if isinstance(decoder.norm, FusedNorm):
+        decoder.norm.gazelle_engine = engine
     for reason, count in refused.items():
         logger.info("%d of %d layers run as Hugging Face wrote them: %s.", count, len(decoder.layers), reason)
     return model
@@ -337,7 +325,8 @@ def restore(model: Any) -> Any:
     for module in _hugging_face(model, "restore").modules():
         if isinstance(module, _SWAPPED):
             module.__class__ = type(module).__mro__[2]
-        for name in ("gazelle", "gazelle_config", "gazelle_refused", "gazelle_offset", "gazelle_logits"):
+        for name in ("gazelle", "gazelle_config", "gazelle_refused", "gazelle_offset", "gazelle_engine",
+                     "gazelle_logits"):
             module.__dict__.pop(name, None)
     for parameter in unwrap(model).parameters():
         if not parameter.data.is_contiguous():

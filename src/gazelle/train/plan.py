@@ -30,6 +30,7 @@ from gazelle.train.memory import largest_batch
 from gazelle.train.stopwatch import Stopwatch
 
 RESERVE = 0.05  # of free memory: what the allocator cannot hand out in one piece, and libraries' own workspaces
+HOST_SHARE = 0.8  # of the host's memory that is free: what is parked there is pinned
 STEP_DOWN = 0.85  # of the predicted peak, after memory ran out
 PROBED_ON_CPU = 512  # tokens; a layer's time grows with them, and a CPU takes long
 SMALLER = ("lower per_device_train_batch_size or max_length, load the model in 4 bits, choose "
@@ -56,6 +57,7 @@ class RunPlan:
     allowed: Callable[[Keep], bool] | None
     host: bool
     streams: bool
+    host_memory: int | None = None
     notes: list[str] = field(default_factory=list)
     measured_peak: int | None = None
     measured_seconds: float | None = None
@@ -130,7 +132,7 @@ class RunPlan:
 
     def _planned(self, budget: int) -> Plan:
         return make_plan(self.outline, self.batch, budget, self.rates, host=self.host, allowed=self.allowed,
-                         streams=self.streams)
+                         streams=self.streams, host_memory=self.host_memory)
 
     def _enter(self, model: Any) -> None:
         layers = swapped_layers(model)
@@ -236,15 +238,17 @@ def plan_outline(model: Any, batch: Batch, device: torch.device, *, optim: str, 
     """
     outline = outline_of(model, optim, stored, precision)
     host = device.type == "cuda"
+    host_memory = int(psutil.virtual_memory().available * HOST_SHARE) if host else None
     allowed = _allowed(checkpointing, host=host)
     streams = host and can_stream(model) and stored != "int8"
     bytes_ = budget_of(budget, device)
     rates = _rates(model, outline, batch, device, precision) if measured else None
     try:
-        plan = make_plan(outline, batch, bytes_, rates, host=host, allowed=allowed, streams=streams)
+        plan = make_plan(outline, batch, bytes_, rates, host=host, allowed=allowed, streams=streams,
+                         host_memory=host_memory)
     except TooSmallError as error:
         raise too_small(error, bytes_, budget is not None) from None
-    return RunPlan(plan, outline, batch, rates, allowed, host, streams)
+    return RunPlan(plan, outline, batch, rates, allowed, host, streams, host_memory)
 
 
 def too_small(error: TooSmallError, budget: int, chosen: bool) -> OptionError:
