@@ -13,7 +13,7 @@ from gazelle import SFTTrainer
 from gazelle.base.errors import TrainingError
 from gazelle.models import swap
 from gazelle.train.facts import plan_lines
-from gazelle.train.finite import MOST, FiniteGradients, not_finite
+from gazelle.train.spikes import MOST, MOST_OTHERWISE, Spikes, not_finite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Make = Callable[..., SFTTrainer]
@@ -91,8 +91,8 @@ def test_only_those_that_are_not_finite_are_named(fp8: Make, max_grad_norm: floa
     trainer = fp8(max_grad_norm=max_grad_norm)
     poison(trainer, {1}, float("nan"), (*OTHERS, LAYER))
     trainer.train()
-    assert trainer._finite is not None
-    assert trainer._finite.names == [LAYER, *OTHERS]
+    assert trainer._spikes is not None
+    assert trainer._spikes.names == [LAYER, *OTHERS]
     assert f"the gradient of {LAYER} is not finite, nor are those of 2 others." in caplog.text
 
 
@@ -117,14 +117,14 @@ def test_some_now_and_then_do_not(fp8: Make) -> None:
     poison(trainer, {1, 2, 4, 5, 7}, float("inf"))
     trainer.train()
     assert trainer.state.global_step == 7
-    assert trainer._finite is not None
-    assert (trainer._finite.skipped, trainer._finite.in_a_row) == (5, 1)
+    assert trainer._spikes is not None
+    assert (trainer._spikes.skipped, trainer._spikes.in_a_row) == (5, 1)
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "fp32"}, {"precision": "bf16"}])
 def test_other_precisions_do_not_look(quick: Make, options: dict[str, Any]) -> None:
     trainer = quick(**options)
-    assert trainer._finite is None
+    assert trainer._spikes is None
     assert not [callback for callback in trainer.callback_handler.callbacks if isinstance(callback, FiniteGradients)]
 
 
