@@ -125,6 +125,8 @@ class SFTTrainer(SurvivingTrainer):
         self._use_cache_before = getattr(model.config, "use_cache", None)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         config.remove_unused_columns = False  # what the data room hands over is all used
+        if config.data_seed is None:
+            config.data_seed = config.seed  # accelerate would take whatever torch was last seeded with
         self._config = config
         if model.device.type == "cuda":
             move_without_waiting(config)
