@@ -1,5 +1,6 @@
 """Ctrl-C and SIGTERM: the step is finished and saved, and the run goes on from there as if nothing had happened."""
 
+import json
 import os
 import shutil
 import signal
@@ -58,7 +59,7 @@ def test_it_saves_stops_and_goes_on(number: int, code: int, quick: Make, caplog:
     assert caught.value.code == code and isinstance(caught.value, SystemExit)
     assert trainer.state.global_step == 3 and handlers() == before
     assert fault(out / "checkpoint-3") is None
-    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 1  # of the first epoch, none for the stop
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 1  # none for the stop
     assert f"{signal.Signals(number).name}: saving after this step." in caplog.text
     assert f"Stopped at step 3 of 5, saved in {out / 'checkpoint-3'}" in caplog.text
     assert "trainer.train(resume_from_checkpoint=True) or gazelle train RECIPE --resume" in caplog.text
@@ -92,8 +93,6 @@ def test_other_threads_leave_signals_alone(quick: Make) -> None:
 def test_on_the_command_line(bytes_tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
                              capsys: pytest.CaptureFixture[str]) -> None:
     """The real command, a real signal; a second run in the folder is refused meanwhile."""
-    import json
-
     small_llama(bytes_tokenizer, adapter=False).save_pretrained(tmp_path / "model")
     bytes_tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))

@@ -131,11 +131,11 @@ class Checkpoints(TrainerCallback):
                               found="save_only_model", expected="an optimizer's state",
                               fix="start anew, with this folder as the model")
         saved = read_state(folder / "optimizer")
-        for what, theirs, ours in (("optimizer", saved["name"], optimizer_name(trainer.args)),
-                                   ("trained parameters", saved["trained"], self._trained()),
-                                   ("layout of the optimizer's state", saved["layout"], self._layout())):
+        for what, theirs, ours in (("another optimizer", saved["name"], optimizer_name(trainer.args)),
+                                   ("other trained parameters", saved["trained"], self._trained()),
+                                   ("another layout of the optimizer's state", saved["layout"], self._layout())):
             if theirs != ours:
-                raise OptionError(f"the checkpoint has another {what}", where=str(folder), found=str(theirs),
+                raise OptionError(f"the checkpoint has {what}", where=str(folder), found=str(theirs),
                                   expected=str(ours), fix="resume with the settings, and on as many processes as, it "
                                   "was started with, or start anew")
         trainer.optimizer.load_state_dict(saved["state"])
@@ -152,7 +152,7 @@ class Checkpoints(TrainerCallback):
         """
         try:
             load()
-        except (ValueError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
+        except (ValueError, LookupError, RuntimeError, pickle.UnpicklingError) as error:
             raise OptionError("the optimizer's state that transformers wrote does not fit this run",
                               where=str(self.resumed), found=str(error).splitlines()[0],
                               expected="the same optimizer over the same parameters",
