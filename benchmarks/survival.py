@@ -112,7 +112,7 @@ def killed(child: Child, folder: Path, inside: bool, generator: random.Random, s
     process, reader = forked(child, folder)
     os.set_blocking(reader, False)
     said, began = "", time.perf_counter()
-    after = generator.uniform(0, span)
+    after = generator.uniform(0, span / 2)
     saves = generator.randrange(1, 4)
 
     def read() -> bool:

@@ -1,4 +1,4 @@
-"""Twenty `kill -9` and forty damaged checkpoints on every change; `benchmarks/results/survival.json` has 200 of each."""
+"""Twenty `kill -9` and forty damaged checkpoints on every change; `benchmarks/results/survival.json` has 200."""
 
 import json
 import subprocess

@@ -17,7 +17,7 @@ from gazelle.facade.language_model import FastLanguageModel
 from gazelle.facade.planning import check_budget
 from gazelle.models.context import fit_context
 from gazelle.models.load import load_tokenizer
-from gazelle.train.checkpoint import find_checkpoint
+from gazelle.train.checkpoint import find_checkpoint, recover
 from gazelle.train.prepare import encode_rows
 from gazelle.train.recipe import Recipe
 from gazelle.train.setup import check_eval_rows
@@ -83,6 +83,9 @@ def check_folder(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
         raise OutputError("the output folder holds an earlier run", where=str(folder), found=", ".join(earlier),
                           expected="a new or empty folder",
                           fix="choose another output_dir, or pass --resume or --overwrite")
+    if resume and folder.exists():
+        with folder_lock(folder):
+            recover(folder)
     find_checkpoint(resume, recipe.output_dir, thorough=False)
 
 

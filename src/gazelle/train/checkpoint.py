@@ -209,10 +209,8 @@ def find_checkpoint(resume: str | Path | bool | None, output_dir: str, *, thorou
     for path in checkpoints(folder):
         reason = fault(path, thorough=thorough)
         if reason is None:
-            for line in damaged:
-                logger.warning("Skipped %s.", line)
             if damaged:
-                logger.warning("Going on from %s.", path)
+                logger.warning("Going on from %s. Skipped %s.", path, "; ".join(damaged))
             return path
         damaged.append(f"{path}: {reason}")
     if damaged:

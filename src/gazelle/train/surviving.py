@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from transformers import Trainer
 
 from gazelle.base.lock import folder_lock
 from gazelle.base.log import logger
-from gazelle.train.checkpoint import fault, is_foreign
+from gazelle.train.checkpoint import fault, find_checkpoint, is_foreign
 from gazelle.train.config import SFTConfig
 from gazelle.train.interrupt import Interrupted, Interruption
 from gazelle.train.metrics import MetricsFile
@@ -41,9 +42,12 @@ class SurvivingTrainer(Trainer):
             OutputError: another run has the folder.
             OptionError: no checkpoint to go on from is sound.
         """
+        folder = Path(str(self.args.output_dir))
+        if resume is True and not folder.exists():
+            find_checkpoint(True, str(folder))  # says so before the lock makes the folder
         with contextlib.ExitStack() as stack:
             if self.is_world_process_zero():
-                stack.enter_context(folder_lock(Path(str(self.args.output_dir))))
+                stack.enter_context(folder_lock(folder))
             yield self._checkpoints.find(resume)
 
     def train_on(self, resume: Path | None, **kwargs: Any) -> Any:
@@ -58,7 +62,7 @@ class SurvivingTrainer(Trainer):
                 self.remove_callback(self._checkpoints)
                 self.add_callback(self._checkpoints)  # behind all others, whose states it restores once they have begun
                 try:
-                    result = Trainer.train(self, None if resume is None else str(resume), **kwargs)
+                    result = super().train(None if resume is None else str(resume), **kwargs)
                     break
                 except RollBack:
                     resume = self._checkpoints.find(True)
@@ -79,7 +83,7 @@ class SurvivingTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is not None and is_foreign(Path(checkpoint)):
-            self._checkpoints.load_foreign_optimizer(lambda: Trainer._load_optimizer_and_scheduler(self, checkpoint))
+            self._checkpoints.load_foreign_optimizer(partial(super()._load_optimizer_and_scheduler, checkpoint))
         elif checkpoint is not None:
             self._checkpoints.load_optimizer(Path(checkpoint))
 

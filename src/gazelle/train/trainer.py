@@ -291,6 +291,7 @@ class SFTTrainer(SurvivingTrainer):
             loss = loss * self.accelerator.num_processes  # the count is over all processes, which DDP then averages
         return (loss, output) if return_outputs else loss
 
+    @torch.random.fork_rng(devices=())  # data loaders draw a number: training is to be the same without evaluation
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
