@@ -188,7 +188,7 @@ class Spikes(TrainerCallback):
                 ', or train with precision="bf16"' if self.precision in ("fp8", "fp16") else "")
             raise TrainingError(what, where=self.names[0] if self.names else f"step {step}",
                                 found=f"{self.last}; precision {self.precision}, learning rate {args.learning_rate:g}",
-                                expected="finite gradients" if not finite else f"on_spike={self.policy!r} to allow it",
+                                expected="a step like those before" if finite else "finite gradients",
                                 fix=f"{fix}, and resume from {self.checkpoint()}" if self.checkpoint() else fix)
         if self.policy == "rollback" and self.checkpoint() is not None:
             self._roll_back(step)
