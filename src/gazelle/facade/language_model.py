@@ -20,6 +20,29 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+# What scripts written for Unsloth pass, and why it means nothing here.
+_WITHOUT_EFFECT = {
+    "use_amd_optim": "kernels are chosen by the device that is there",
+    "rope_scaling": "max_seq_length stretches the model's positions where it has to",
+    "fix_tokenizer": "special tokens are always brought in line with the model",
+    "use_gradient_checkpointing": "pass it to get_peft_model or SFTConfig",
+    "resize_model_vocab": "call model.resize_token_embeddings(len(tokenizer))",
+    "random_state": "loading draws no random numbers; pass it to get_peft_model",
+    "use_exact_model_name": "names are always taken as they are",
+    "fast_inference": "there is no vLLM in the process; answers come from generate",
+    "gpu_memory_utilization": "it belongs to fast_inference; training has memory_budget in SFTConfig",
+    "float8_kv_cache": "it belongs to fast_inference",
+    "max_lora_rank": "it belongs to fast_inference",
+    "disable_log_stats": "it belongs to fast_inference",
+    "unsloth_vllm_standby": "it belongs to fast_inference",
+    "load_in_16bit": "it is what load_in_4bit=False means",
+    "offload_embedding": "the memory plan decides where the embedding lies",
+    "return_logits": "training never keeps logits",
+    "fullgraph": "nothing is compiled by torch",
+}
+_ENDS = ("embed_tokens", "lm_head")
+
+
 class FastLanguageModel:
     """Loads models and puts adapters on them; never instantiated."""
 
@@ -55,7 +78,8 @@ class FastLanguageModel:
             device_map: one device, such as "cuda:0" or "cpu"; default: the best there is.
             revision: branch, tag or commit of a hub model.
             trust_remote_code: run Python code that comes with the checkpoint.
-            **options: names that other libraries take and that mean nothing here are refused with the nearest one.
+            **options: `attn_implementation`; names that scripts written for Unsloth pass and that mean nothing here
+                are taken with a line in the log, any other is refused with the nearest one.
 
         Returns:
             The model, in inference mode of its cache and ready for `get_peft_model`, and its tokenizer.
@@ -64,6 +88,9 @@ class FastLanguageModel:
             UserError: naming what was found, what was expected and what to do, before any weight is loaded.
         """
         log_to_terminal()
+        for name in [name for name in options if name in _WITHOUT_EFFECT]:
+            del options[name]
+            say_once(f"from_pretrained({name}=…) has no effect: {_WITHOUT_EFFECT[name]}")
         model, tokenizer = load_model(
             model_name, max_seq_length=max_seq_length, dtype=dtype, torch_dtype=torch_dtype,
             load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, full_finetuning=full_finetuning,
@@ -96,6 +123,7 @@ class FastLanguageModel:
             model: from `from_pretrained`, or any Hugging Face causal model.
             r: rank.
             target_modules: names of linear layers, in the fused or the split spelling; default: all but the head.
+                embed_tokens and lm_head in a list are trained in full, as in `modules_to_save`.
             lora_alpha: the adapter is scaled by `lora_alpha / r`, or by `lora_alpha / sqrt(r)` with `use_rslora`.
             lora_dropout: dropout on the adapter's input.
             bias: "none", "all" or "lora_only".
@@ -116,6 +144,7 @@ class FastLanguageModel:
         log_to_terminal()
         if max_seq_length is not None and max_seq_length != getattr(model, "max_seq_length", max_seq_length):
             say_once(f"get_peft_model(max_seq_length={max_seq_length}) has no effect: pass it to from_pretrained")
+        target_modules, modules_to_save = _ends_in_full(target_modules, modules_to_save)
         return bind(add_lora(
             model, r=r, target_modules=target_modules, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias,
             use_gradient_checkpointing=use_gradient_checkpointing, random_state=random_state, use_rslora=use_rslora,
@@ -138,6 +167,14 @@ class FastLanguageModel:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         model.config.use_cache = False
         return model.train()
+
+
+def _ends_in_full(targets: list[str] | str | None, saved: list[str] | None) -> tuple[Any, list[str] | None]:
+    """Scripts for continued pretraining list the embedding and the head among the targets, to train them in full."""
+    if not isinstance(targets, list | tuple) or not (ends := [name for name in targets if name in _ENDS]):
+        return targets, saved
+    say_once(f"{' and '.join(ends)} among target_modules: trained in full and saved with the adapter")
+    return [name for name in targets if name not in _ENDS], list(dict.fromkeys([*(saved or ()), *ends]))
 
 
 def bind(model: Any) -> Any:

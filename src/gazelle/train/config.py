@@ -1,6 +1,7 @@
 """`SFTConfig`: transformers' TrainingArguments and what fine-tuning adds, with the older names still taken."""
 
 import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -145,13 +146,14 @@ def fit_to_cpu(config: Any) -> None:
     config.dataloader_pin_memory = False
 
 
-def current_names(options: dict[str, Any]) -> dict[str, Any]:
-    """`options` under the names of today.
+def current_names(options: dict[str, Any], known: Set[str] | None = None) -> dict[str, Any]:
+    """`options` under the names of today; `known` are those of another class than `SFTConfig`.
 
     Raises:
         OptionError: when a name is unknown, or given in both spellings.
     """
-    known = {option.name for option in dataclasses.fields(_SFTArguments) if option.init}
+    if known is None:
+        known = {option.name for option in dataclasses.fields(_SFTArguments) if option.init}
     current: dict[str, Any] = {}
     if options.get("warmup_steps") == 0 and "warmup_ratio" in options:
         options = {name: value for name, value in options.items() if name != "warmup_steps"}
