@@ -12,6 +12,7 @@ from transformers import TrainerCallback
 from gazelle import SFTTrainer
 from gazelle.base.errors import TrainingError
 from gazelle.models import swap
+from gazelle.train.facts import plan_lines
 from gazelle.train.finite import MOST, FiniteGradients, not_finite
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -80,7 +81,7 @@ def test_the_step_is_skipped(fp8: Make, optim: str, max_grad_norm: float, value:
     assert all(weight.isfinite().all() for weight in weights[3].values())
     assert f"Step 2 is skipped: the gradient of {LAYER} is not finite." in caplog.text
     assert caplog.text.count("is skipped") == 1
-    assert trainer._plan_lines()[-1] == ("skipped steps", f"1, the last as the gradient of {LAYER} was not finite")
+    assert plan_lines(trainer)[-1] == ("skipped steps", f"1, the last as the gradient of {LAYER} was not finite")
 
 
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])

@@ -249,7 +249,7 @@ def test_memory_that_runs_out_once(quick: Make, optim: str, name: str, at: int, 
     Scarce(monkeypatch, name, lambda call: call == at)
     trainer.train()
     assert_same_run(trainer, reference)
-    assert trainer._tokens == reference._tokens  # those of micro-batches that ran again count once
+    assert trainer.tokens == reference.tokens  # those of micro-batches that ran again count once
     assert trainer.plan.predicted_peak < peak
     broken = at // 6  # the step in which it happened
     assert all((keeps == [KEEP] * 3) == (step < broken) for step, keeps in enumerate(recorder.steps))
@@ -269,7 +269,7 @@ def test_memory_that_runs_out_again_and_again(quick: Make, monkeypatch: pytest.M
     Scarce(monkeypatch, "gated", lambda call: call in (1, 4, 5, 14))
     trainer.train()
     assert_same_run(trainer, reference)
-    assert trainer._tokens == reference._tokens
+    assert trainer.tokens == reference.tokens
     assert len(trainer.plan.notes) == 4
     said = [float(size) for note in trainer.plan.notes for size in re.findall(r"([\d.]+) GB", note)]
     assert said == sorted(said, reverse=True)

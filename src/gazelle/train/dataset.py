@@ -5,10 +5,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from transformers import DataCollatorForLanguageModeling
 
 from gazelle.data.collate import collate, collate_padded
 from gazelle.data.encode import Encoded, Example
 from gazelle.data.packing import pack, wrap
+from gazelle.train.config import SFTConfig
 
 
 class Bins(Dataset[dict[str, Any]]):
@@ -84,6 +86,24 @@ class DictRows(Dataset[dict[str, list[int]]]):
         row = self.rows[index]
         entry = {"input_ids": list(row.input_ids), "attention_mask": [1] * len(row.input_ids)}
         return entry | {"labels": list(row.labels)} if self.labels else entry
+
+
+def rows_as_dataset(encoded: Any, config: SFTConfig, own_collator: Any, capacity: int) -> Any:
+    """Encoded rows as the data set that batches are made from; of several evaluation sets, each by its name.
+
+    Args:
+        encoded: one set of rows, several by name, or None.
+        config: how they are packed.
+        own_collator: the caller's, or None for ours.
+        capacity: of a bin, in tokens.
+    """
+    if encoded is None:
+        return None
+    if isinstance(encoded, dict):
+        return {name: rows_as_dataset(part, config, own_collator, capacity) for name, part in encoded.items()}
+    if own_collator is not None:
+        return DictRows(encoded.examples, labels=not isinstance(own_collator, DataCollatorForLanguageModeling))
+    return make_bins(encoded, packing=config.packing, strategy=config.packing_strategy, capacity=capacity)
 
 
 def labelled_targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,7 +1,7 @@
 """`report.html`: what a run was given, what it did and what came of it, in one file without outside parts."""
 
 import datetime
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +12,10 @@ from gazelle.base.files import write_text
 from gazelle.base.machine import machine_facts
 from gazelle.data.report import DataReport
 from gazelle.train.config import SECRETS
+from gazelle.train.facts import RunFacts
 from gazelle.train.metrics import is_eval_loss, metrics_path, read_metrics
 from gazelle.train.plot import loss_png, panel_svgs
 from gazelle.train.samples import Sample
-
-
-@dataclass(frozen=True)
-class RunFacts:
-    """What the report says of a run besides metrics, data and samples. Times in seconds, memory in bytes."""
-
-    model_name: str
-    trainable: int
-    parameters: int
-    steps: int
-    seconds: float
-    tokens: int
-    tokens_per_second: float
-    peak_memory: int
-    plan: list[tuple[str, str]]
-    adapter: dict[str, Any] | None
 
 
 def write_report(args: TrainingArguments, facts: RunFacts, data: DataReport, samples: list[Sample]) -> Path:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import (
-    DataCollatorForLanguageModeling,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -35,7 +34,8 @@ from gazelle.models.record import record_base
 from gazelle.models.special_tokens import stop_at_end_of_turn
 from gazelle.models.swap import accelerate
 from gazelle.train.config import optimizer_name, with_options
-from gazelle.train.dataset import Bins, Collator, DictRows, make_bins
+from gazelle.train.dataset import Bins, Collator, DictRows, rows_as_dataset
+from gazelle.train.facts import run_facts
 from gazelle.train.finite import FiniteGradients
 from gazelle.train.loss import batch_loss, loss_sums
 from gazelle.train.memory import choose_checkpointing
@@ -44,7 +44,7 @@ from gazelle.train.optimizer import HeldGradients, can_flatten, flatten
 from gazelle.train.plan import RunPlan, Window, plan_run
 from gazelle.train.prepare import Prepared, encode_rows, prepare
 from gazelle.train.progress import Progress
-from gazelle.train.report import RunFacts, write_report
+from gazelle.train.report import write_report
 from gazelle.train.samples import Sample, answer_samples, pick_samples
 from gazelle.train.setup import check_checkpoint, check_together, match_precision, move_without_waiting
 from gazelle.train.step import GraphedStep, refuses_graph
@@ -164,7 +164,7 @@ class SFTTrainer(Trainer):
         if config.fp16 or config.precision == "fp8":
             self._finite = FiniteGradients("fp16" if config.fp16 else "fp8", scaled=self.accelerator.scaler is not None)
             self.add_callback(self._finite)
-        self._stopwatch = Stopwatch(self.args.device, lambda: self._tokens, lambda: self._evaluating)
+        self._stopwatch = Stopwatch(self.args.device, lambda: self.tokens, lambda: self.evaluating)
         self.add_callback(self._stopwatch)
         self._window: Window | None = None
         if self.plan is not None:
@@ -175,8 +175,8 @@ class SFTTrainer(Trainer):
         self._weights = sum(parameter.numel() for parameter in model.parameters())
         self.samples: list[Sample] = []
         self.seconds = 0.0  # that the last call of train() took, samples and report apart
-        self._tokens = self._tokens_logged = self._tokens_before = 0  # the last: the present step
-        self._evaluating = 0.0  # seconds
+        self.tokens = self._tokens_logged = self._tokens_before = 0  # trained by the last call; before this step
+        self.evaluating = 0.0  # seconds of it
         self._logged_at = time.perf_counter()
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, **kwargs: Any) -> Any:
@@ -194,8 +194,8 @@ class SFTTrainer(Trainer):
             answer_samples(self.model, self.processing_class, self.samples, "before", config.report_max_new_tokens)
         if self.plan is None and self.prepared.train is not None and not config.gradient_checkpointing:
             choose_checkpointing(self.model, self.prepared.train, config, packed=self._packed)
-        self._tokens = self._tokens_logged = 0
-        self._evaluating = 0.0
+        self.tokens = self._tokens_logged = 0
+        self.evaluating = 0.0
         began = self._logged_at = time.perf_counter()
         try:
             planned = contextlib.nullcontext() if self.plan is None else self.plan.in_force(self.model, self._stopwatch)
@@ -212,7 +212,7 @@ class SFTTrainer(Trainer):
         self.seconds = time.perf_counter() - began
         if reported and self.prepared.report is not None:
             answer_samples(self.model, self.processing_class, self.samples, "after", config.report_max_new_tokens)
-            write_report(config, self._facts(), self.prepared.report, self.samples)
+            write_report(config, run_facts(self), self.prepared.report, self.samples)
         return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -243,7 +243,7 @@ class SFTTrainer(Trainer):
         if self._window is None or self.args.world_size > 1:
             return self._micro_batch(model, inputs, num_items_in_batch)
         if not self._window.batches:
-            self._tokens_before = self._tokens
+            self._tokens_before = self.tokens
         return self._window.run(inputs, lambda batch: self._micro_batch(model, batch, num_items_in_batch))
 
     def _micro_batch(self, model: torch.nn.Module, inputs: dict[str, Any],
@@ -260,7 +260,7 @@ class SFTTrainer(Trainer):
             return loss.detach()
         if self._step is None or self._step.model is not model:
             self._step = GraphedStep(model, self.args.label_smoothing_factor)
-        self._tokens += inputs["tokens"]
+        self.tokens += inputs["tokens"]
         return self._step(inputs, num_items_in_batch)
 
     def compute_loss(
@@ -273,7 +273,7 @@ class SFTTrainer(Trainer):
         """Mean cross entropy over the labelled tokens of the whole accumulated batch."""
         if model.training:
             mask = inputs.get("attention_mask")
-            self._tokens += inputs["tokens"] if "tokens" in inputs else inputs["labels"].numel() if mask is None \
+            self.tokens += inputs["tokens"] if "tokens" in inputs else inputs["labels"].numel() if mask is None \
                 else int(mask.sum())
         total, output = batch_loss(model, inputs, self.args.label_smoothing_factor, logits=return_outputs)
         count = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
@@ -304,7 +304,7 @@ class SFTTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         # Time spent here does not count against the throughput of training.
         self._logged_at += seconds
-        self._evaluating += seconds
+        self.evaluating += seconds
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -312,23 +312,15 @@ class SFTTrainer(Trainer):
         if "loss" in logs:
             now = time.perf_counter()
             device = str(self.args.device)
-            logs["tokens_per_second"] = round((self._tokens - self._tokens_logged) / (now - self._logged_at), 1)
+            logs["tokens_per_second"] = round((self.tokens - self._tokens_logged) / (now - self._logged_at), 1)
             logs["memory_gb"] = round(memory_in_use(device) / 1e9, 3)
             logs["peak_memory_gb"] = round(peak_memory(device) / 1e9, 3)
-            self._tokens_logged, self._logged_at = self._tokens, now
+            self._tokens_logged, self._logged_at = self.tokens, now
         super().log(logs, start_time)
 
     def _dataset(self, encoded: Any) -> Any:
         """Encoded rows as the data set that the batches are made from."""
-        if encoded is None:
-            return None
-        if isinstance(encoded, dict):
-            return {name: self._dataset(part) for name, part in encoded.items()}
-        if self._own_collator is not None:
-            makes_labels = isinstance(self._own_collator, DataCollatorForLanguageModeling)
-            return DictRows(encoded.examples, labels=not makes_labels)
-        return make_bins(encoded, packing=self._config.packing, strategy=self._config.packing_strategy,
-                         capacity=self.prepared.max_length)
+        return rows_as_dataset(encoded, self._config, self._own_collator, self.prepared.max_length)
 
     def _encode(self, source: Any) -> Any:
         """Evaluation rows that came after the trainer was made."""
@@ -354,7 +346,7 @@ class SFTTrainer(Trainer):
 
     def _drop_step(self) -> None:
         """Memory ran out: let go of gradients and of graphs with their activations, and count its tokens anew."""
-        self._tokens = self._tokens_before
+        self.tokens = self._tokens_before
         if self._step is not None:
             self._step.graph.clear()
         self.model.zero_grad()
@@ -365,28 +357,6 @@ class SFTTrainer(Trainer):
         """The base class turns the cache off for good; answering needs it."""
         if self._use_cache_before is not None:
             model.config.use_cache = self._use_cache_before
-
-    def _facts(self) -> RunFacts:
-        sizes = [(parameter.numel(), parameter.requires_grad) for parameter in self.model.parameters()]
-        adapter = getattr(self.model, "peft_config", {}).get(getattr(self.model, "active_adapter", "default"))
-        chosen = ("peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora", "use_dora")
-        return RunFacts(
-            model_name=self.model.config.name_or_path,
-            trainable=sum(size for size, trains in sizes if trains),
-            parameters=sum(size for size, _ in sizes),
-            steps=self.state.global_step, seconds=self.seconds, tokens=self._tokens,
-            tokens_per_second=self._tokens / max(self.seconds - self._evaluating, 1e-9),
-            peak_memory=peak_memory(str(self.args.device)),
-            plan=self._plan_lines(),
-            adapter=adapter and {name: getattr(adapter, name) for name in chosen if hasattr(adapter, name)},
-        )
-
-    def _plan_lines(self) -> list[tuple[str, str]]:
-        lines = [] if self.plan is None else self.plan.lines()
-        if self._finite is not None and self._finite.skipped:
-            said = f"{self._finite.skipped}, the last as the gradient of {self._finite.names[0]} was not finite"
-            lines.append(("skipped steps", said))
-        return lines
 
     @contextlib.contextmanager
     def _packed_attention(self) -> Iterator[None]:
