@@ -1,7 +1,7 @@
 """Chat templates as scripts ask for them: by name on a tokenizer, or written as a text with {INPUT} and {OUTPUT}."""
 
+import itertools
 import json
-import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +36,9 @@ def get_chat_template(tokenizer: Any, chat_template: str | tuple[str, str] = "ch
     eos = None
     if isinstance(chat_template, tuple | list):
         chat_template, eos = chat_template
+    if unknown := [name for name in mapping or {} if name not in (*_NAMES, "system", "tool")]:
+        raise OptionError("a mapping names other things", where="mapping", found=", ".join(unknown),
+                          expected=", ".join(_NAMES), fix="write it the other way round: {'role': 'from', ...}")
     ensure_template(tokenizer, "", chat_template)
     opening = ""
     if mapping is not None and any(mapping.get(name, name) != name for name in _NAMES):
@@ -53,9 +56,6 @@ def get_chat_template(tokenizer: Any, chat_template: str | tuple[str, str] = "ch
 
 def _renaming(mapping: Mapping[str, str]) -> str:
     """Jinja that brings messages to role and content; they may be so named already."""
-    if unknown := [name for name in mapping if name not in (*_NAMES, "system", "tool")]:
-        raise OptionError("a mapping names other things", where="mapping", found=", ".join(unknown),
-                          expected=", ".join(_NAMES), fix="write it the other way round: {'role': 'from', ...}")
     role, content = (json.dumps(mapping.get(name, name)) for name in ("role", "content"))
     roles = json.dumps({mapping[name]: name for name in mapping if name not in ("role", "content")})
     return ("{%- set renamed = namespace(messages=[]) %}{%- for message in messages %}"
@@ -126,7 +126,8 @@ def _template_of(text: str, default_system: str | None) -> str:
         default_system = ""
     # What opens a question stands in both turns: the rest of the opening is said once. The template may part its turns
     # with white space or a token that the second question brings along.
-    header = os.path.commonprefix([opening[::-1], question[::-1]])[::-1]
+    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(opening[::-1], question[::-1], strict=False))
+    header = "".join(left for left, _ in shared)[::-1]
     system, _, behind = opening[: len(opening) - len(header)].partition("{SYSTEM}")
     quoted = {name: json.dumps(value, ensure_ascii=False) for name, value in
               {"system": system, "behind": behind, "header": header, "question": question, "answer": answer,
@@ -137,13 +138,13 @@ def _template_of(text: str, default_system: str | None) -> str:
         given = "messages[0]['role'] == 'system'"
     return (
         f"{{%- set given = {given} %}}\n"
-        + f"{{{{- {quoted['system']} {said} + {quoted['behind']} }}}}\n"
-        + "{%- for message in messages[1:] if given else messages %}\n"
-        + "    {%- if message['role'] == 'user' %}\n"
-        + f"        {{{{- ({quoted['header']} if loop.first else {quoted['question']}) + message['content'] }}}}\n"
-        + "    {%- elif message['role'] == 'assistant' %}\n"
-        + f"        {{{{- {quoted['answer']} + message['content'] + eos_token }}}}\n"
-        + "    {%- else %}{{- raise_exception('This format has no role ' + message['role']) }}\n"
-        + "    {%- endif %}\n{%- endfor %}\n"
-        + f"{{%- if add_generation_prompt %}}{{{{- {quoted['answer']} }}}}{{%- endif %}}\n"
+        f"{{{{- {quoted['system']} {said} + {quoted['behind']} }}}}\n"
+        "{%- for message in (messages[1:] if given else messages) %}\n"
+        "    {%- if message['role'] == 'user' %}\n"
+        f"        {{{{- ({quoted['header']} if loop.first else {quoted['question']}) + message['content'] }}}}\n"
+        "    {%- elif message['role'] == 'assistant' %}\n"
+        f"        {{{{- {quoted['answer']} + message['content'] + eos_token }}}}\n"
+        "    {%- else %}{{- raise_exception('This format has no role ' + message['role']) }}\n"
+        "    {%- endif %}\n{%- endfor %}\n"
+        f"{{%- if add_generation_prompt %}}{{{{- {quoted['answer']} }}}}{{%- endif %}}\n"
     )

@@ -46,14 +46,12 @@ def template_headers(tokenizer: Any) -> Headers:
     row = Conversation((Turn("user", first), Turn("assistant", answer), Turn("user", second)), "chat template")
     text, _ = renderer.render(row)
     before_answer, _, after = text.partition(answer)
-    response = before_answer.partition(first)[2]
-    instruction = after.partition(second)[0]
-    for token in sorted(renderer.special, key=len, reverse=True):  # what closes a turn belongs to that turn
-        response = response.lstrip().removeprefix(token) if response.lstrip().startswith(token) else response
-        if instruction.lstrip().startswith(token) and instruction.lstrip() != token:
-            instruction = instruction.lstrip().removeprefix(token)
-            break
-    response, instruction = response.lstrip("\n"), instruction.lstrip("\n")
+    closing = renderer.closing.strip()  # what closes a turn belongs to that turn
+
+    def header(between: str) -> str:
+        return between.lstrip().removeprefix(closing).lstrip("\n")
+
+    response, instruction = header(before_answer.partition(first)[2]), header(after.partition(second)[0])
     if not response.strip() or not instruction.strip():
         raise OptionError("the chat template has no headers to tell answers by", where="train_on_responses_only",
                           found=repr(text), expected="a text before every question, and one before every answer",

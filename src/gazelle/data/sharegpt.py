@@ -16,9 +16,10 @@ _OPTIONAL = re.compile(r"\[\[(.*?)\]\]", re.DOTALL)
 _COLUMN = re.compile(r"\{([^{}]+)\}")
 
 
-def standardize_sharegpt(dataset: Any, tokenizer: Any = None, aliases_for_system: Sequence[str] = (),
-                         aliases_for_user: Sequence[str] = (), aliases_for_assistant: Sequence[str] = (),
-                         batch_size: int = 1000, num_proc: int | None = None) -> "Dataset":
+def standardize_sharegpt(dataset: Any, tokenizer: Any = None,  # noqa: ARG001
+                         aliases_for_system: Sequence[str] = (), aliases_for_user: Sequence[str] = (),
+                         aliases_for_assistant: Sequence[str] = (), batch_size: int = 1000,  # noqa: ARG001
+                         num_proc: int | None = None) -> "Dataset":  # noqa: ARG001
     """The data set with its conversations as {"role", "content"} messages.
 
     Args:

@@ -112,8 +112,7 @@ def datasets_standing_in(names: Mapping[str, str]) -> Iterator[set[str]]:
         yield used
 
 
-def _load(original: Any, place: Path, name: str | None = None, *_: Any, split: Any = None, streaming: bool = False,
-          **kwargs: Any) -> Any:
+def _load(original: Any, place: Path, *_: Any, split: Any = None, streaming: bool = False, **__: Any) -> Any:
     """`load_dataset` of a file or folder; the hub's configuration, revision and token mean nothing there."""
     import datasets
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,5 +37,6 @@ _NAMES = frozenset(option.name for option in dataclasses.fields(transformers.Tra
 def older_names() -> Iterator[None]:
     """While it lasts, `from transformers import TrainingArguments` gets the class above."""
     with contextlib.ExitStack() as stack:
-        exchange(stack, transformers, "TrainingArguments", lambda _: OlderTrainingArguments)
+        # Imported anew: transformers puts another module in its own place while it loads.
+        exchange(stack, importlib.import_module("transformers"), "TrainingArguments", lambda _: OlderTrainingArguments)
         yield

@@ -15,10 +15,10 @@ def train_on_responses_only(
     trainer: "SFTTrainer",
     instruction_part: str | None = None,
     response_part: str | None = None,
-    force_match: bool = True,
-    tokenizer: Any = None,
+    force_match: bool = True,  # noqa: ARG001
+    tokenizer: Any = None,  # noqa: ARG001
     return_function: bool = False,
-    num_proc: int | None = None,
+    num_proc: int | None = None,  # noqa: ARG001
 ) -> "SFTTrainer":
     """Label what the assistant says, with the token that ends it, and nothing else; returns the trainer.
 
@@ -57,8 +57,11 @@ def train_on_responses_only(
                           expected="what stands before every answer", fix="leave both parts out, or pass both")
     _check_texts(prepared, headers, own)
     trainer.args.train_on = "responses"
-    trainer.use_rows(encode_rows(own, trainer.model.config.model_type, trainer.args, train, evaluation,
-                                 formatting_func, headers))
+    again = encode_rows(own, trainer.model.config.model_type, trainer.args, train, evaluation, formatting_func, headers)
+    trainer.prepared = again
+    trainer.train_dataset, trainer.eval_dataset = trainer._dataset(again.train), trainer._dataset(again.eval)
+    if trainer._progress is not None and again.report is not None:
+        trainer._progress.report = again.report
     return trainer
 
 

@@ -40,7 +40,7 @@ from gazelle.train.finite import FiniteGradients
 from gazelle.train.loss import batch_loss, loss_sums
 from gazelle.train.memory import choose_checkpointing
 from gazelle.train.metrics import MetricsFile
-from gazelle.train.optimizer import HeldGradients, can_flatten, flatten
+from gazelle.train.optimizer import HeldGradients, can_flatten, flatten, grouped, learning_rates
 from gazelle.train.plan import RunPlan, Window, plan_run
 from gazelle.train.prepare import Prepared, encode_rows, prepare
 from gazelle.train.progress import Progress
@@ -229,12 +229,15 @@ class SFTTrainer(Trainer):
         """As the base class does; trained parameters lie end to end where the optimizer takes numbers one by one."""
         target = self.model if model is None else model
         name = optimizer_name(self.args)
-        if self.optimizer is None and self.args.world_size == 1 and can_flatten(target, name):
-            decayed = self.get_decay_parameter_names(target)
-            flats, groups = flatten(target, decayed, self.args.weight_decay)
+        rates = learning_rates(target, self._config)
+        flat = self.args.world_size == 1 and can_flatten(target, name)
+        if self.optimizer is None and (flat or rates):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            groups = grouped(target, self.get_decay_parameter_names(target), self.args.weight_decay, rates)
+            if flat:
+                flats, groups = flatten(groups)
             self.optimizer = kind(groups, **options)
-            self._held.hold(flats)
+            self._held.hold(flats if flat else [])
         return super().create_optimizer(model)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any],
@@ -324,7 +327,8 @@ class SFTTrainer(Trainer):
 
     def _encode(self, source: Any) -> Any:
         """Evaluation rows that came after the trainer was made."""
-        return encode_rows(self.processing_class, self.model.config.model_type, self._config, None, source).eval
+        return encode_rows(self.processing_class, self.model.config.model_type, self._config, None, source,
+                           headers=self.prepared.headers).eval
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Six a weight and token, without counting the weights again at every step."""

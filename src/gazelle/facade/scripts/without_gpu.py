@@ -33,8 +33,12 @@ def cuda_is_cpu() -> Iterator[None]:
         exchange(stack, torch.nn.Module, "cuda", _on_cpu)
         exchange(stack, options, "device_map", _mapped)
         for name, answer in _answers().items():
-            exchange(stack, torch.cuda, name, lambda _, answer=answer: answer)
+            exchange(stack, torch.cuda, name, functools.partial(_instead, answer))
         yield
+
+
+def _instead(answer: Callable[..., Any], _: Any) -> Any:
+    return answer
 
 
 def _place(device: Any) -> Any:
