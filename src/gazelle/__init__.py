@@ -13,16 +13,24 @@ if TYPE_CHECKING:
     from gazelle.data.sharegpt import standardize_sharegpt, to_sharegpt
     from gazelle.facade.language_model import FastLanguageModel
     from gazelle.facade.scripts.calls import add_new_tokens, unsloth_train
+    from gazelle.models.precision import MixedPrecisionConfig
     from gazelle.models.swap import accelerate, explain, restore
     from gazelle.train.config import SFTConfig
     from gazelle.train.responses import train_on_responses_only
+    from gazelle.train.strategies.distillation import DistillationTrainer
+    from gazelle.train.strategies.order import CurriculumTrainer, DynamicSequenceLengthTrainer
+    from gazelle.train.strategies.profile import profile_io
     from gazelle.train.trainer import SFTTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CurriculumTrainer": "gazelle.train.strategies.order",
+    "DistillationTrainer": "gazelle.train.strategies.distillation",
+    "DynamicSequenceLengthTrainer": "gazelle.train.strategies.order",
     "FastLanguageModel": "gazelle.facade.language_model",
     "GazelleError": "gazelle.base.errors",
+    "MixedPrecisionConfig": "gazelle.models.precision",
     "SFTConfig": "gazelle.train.config",
     "SFTTrainer": "gazelle.train.trainer",
     "UserError": "gazelle.base.errors",
@@ -32,6 +40,7 @@ _HOMES = {
     "explain": "gazelle.models.swap",
     "get_chat_template": "gazelle.data.chat",
     "is_bfloat16_supported": "gazelle.base.device",
+    "profile_io": "gazelle.train.strategies.profile",
     "restore": "gazelle.models.swap",
     "standardize_sharegpt": "gazelle.data.sharegpt",
     "to_sharegpt": "gazelle.data.sharegpt",
@@ -39,10 +48,10 @@ _HOMES = {
     "unsloth_train": "gazelle.facade.scripts.calls",
 }
 
-__all__ = ["FastLanguageModel", "GazelleError", "SFTConfig", "SFTTrainer", "UserError", "__version__",
-           "accelerate", "add_new_tokens", "apply_chat_template", "explain", "get_chat_template",
-           "is_bfloat16_supported", "restore", "standardize_sharegpt", "to_sharegpt", "train_on_responses_only",
-           "unsloth_train"]
+__all__ = ["CurriculumTrainer", "DistillationTrainer", "DynamicSequenceLengthTrainer", "FastLanguageModel",
+           "GazelleError", "MixedPrecisionConfig", "SFTConfig", "SFTTrainer", "UserError", "__version__", "accelerate",
+           "add_new_tokens", "apply_chat_template", "explain", "get_chat_template", "is_bfloat16_supported",
+           "profile_io", "restore", "standardize_sharegpt", "to_sharegpt", "train_on_responses_only", "unsloth_train"]
 
 
 def __getattr__(name: str) -> object:

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from tests.data.conftest import ENDS, small_tokenizer
 
 from gazelle.base.errors import DataError, ModelError, OptionError
 from gazelle.data.chat import apply_chat_template, get_chat_template
 from gazelle.data.headers import Headers, ResponseSpans, template_headers
 from gazelle.data.sharegpt import standardize_sharegpt, to_sharegpt
 from gazelle.data.templates import TEMPLATES, get_template
-from tests.data.conftest import ENDS, small_tokenizer
 
 CHAT = [{"role": "user", "content": "U1"}, {"role": "assistant", "content": "A1"}, {"role": "user", "content": "U2"}]
 SHAREGPT = {"role": "from", "content": "value", "user": "human", "assistant": "gpt"}
@@ -84,7 +84,8 @@ def test_sharegpt_is_brought_to_roles() -> None:
 
 
 def test_columns_become_a_question_and_an_answer() -> None:
-    rows = [{"instruction": f"Do {n}.", "input": "" if n % 2 else f"with {n}", "output": f"Done {n}."} for n in range(6)]
+    rows = [{"instruction": f"Do {n}.", "input": "" if n % 2 else f"with {n}", "output": f"Done {n}."}
+            for n in range(6)]
     made = to_sharegpt(rows, "{instruction}[[\nInput:\n{input}]]", conversation_extension=3)
     assert made.column_names == ["conversations"]
     for number, chat in enumerate(made["conversations"]):
@@ -94,7 +95,7 @@ def test_columns_become_a_question_and_an_answer() -> None:
         for asked, answered in zip(chat[::2], chat[1::2], strict=True):
             assert asked["value"].split(".")[0].split()[1] == answered["value"].strip(".").split()[1]
     seconds = [chat[2]["value"][:5] for chat in made["conversations"]]
-    assert sorted(seconds) == [f"Do {n}." [:5] for n in range(6)]  # every row once more, elsewhere
+    assert sorted(seconds) == [f"Do {n}."[:5] for n in range(6)]  # every row once more
     with pytest.raises(OptionError, match="no such column"):
         to_sharegpt(rows, "{instructon}")
     with pytest.raises(OptionError, match="do not match"):

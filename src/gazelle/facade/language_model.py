@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 from gazelle.adapters.lora import add_lora
 from gazelle.adapters.tokens import resize_token_embeddings
+from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import log_to_terminal, say_once
 from gazelle.facade.exporting import loaded_tokenizer
 from gazelle.models.load import load_model
+from gazelle.models.precision import MixedPrecisionConfig, set_mixed_precision
 from gazelle.models.record import record_base
 from gazelle.models.save import save_merged
+from gazelle.train.ratio import set_ratio
+from gazelle.train.strategies.incremental import Replay
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -153,6 +157,11 @@ class FastLanguageModel:
         ))
 
     @staticmethod
+    def set_mixed_precision(model: "PreTrainedModel", config: MixedPrecisionConfig) -> "PreTrainedModel":
+        """Keep a model's parts in the types that `config` names. Returns the same model."""
+        return set_mixed_precision(model, config)
+
+    @staticmethod
     def for_inference(model: "PreTrainedModel") -> "PreTrainedModel":
         """Switch to answering: evaluation mode, cache on, no checkpointing. Returns the same model."""
         model.resume_checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
@@ -183,7 +192,51 @@ def bind(model: Any) -> Any:
     model.save_pretrained_gguf = types.MethodType(_save_pretrained_gguf, model)
     model.save_pretrained_merged = types.MethodType(_save_pretrained_merged, model)
     model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
+    model.gradient_checkpointing_enable = types.MethodType(_gradient_checkpointing_enable, model)
+    model.enable_incremental_tuning = types.MethodType(_enable_incremental_tuning, model)
     return model
+
+
+def _gradient_checkpointing_enable(
+    self: "PreTrainedModel",
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    checkpoint_ratio: float | None = None,
+    exclude_layers: list[str | int] | None = None,
+    **options: Any,
+) -> None:
+    """As in transformers; or, with a ratio, make that share of the layers again and let the others keep everything.
+
+    Args:
+        gradient_checkpointing_kwargs: as in transformers.
+        checkpoint_ratio: from 0 to 1, for a model that runs on the engine; the trainer's memory plan carries it out.
+        exclude_layers: names or numbers of layers that keep everything.
+        **options: as in transformers.
+    """
+    if checkpoint_ratio is not None:
+        set_ratio(self, checkpoint_ratio, exclude_layers or ())
+        return
+    base = unwrap(self)
+    type(base).gradient_checkpointing_enable(base, gradient_checkpointing_kwargs, **options)
+
+
+def _enable_incremental_tuning(
+    self: "PreTrainedModel",
+    memory_size: int = 1000,
+    replay_strategy: str = "balanced",
+    regularization: float = 0.01,
+    memory: str | None = None,
+) -> None:
+    """Train on one task after another without forgetting the first: each run replays rows of those before it.
+
+    A run writes what it remembers to `replay.json` in its output folder, when it ends.
+
+    Args:
+        memory_size: rows kept at most.
+        replay_strategy: "balanced", as many rows of every run; "random"; or "recent", the last run's.
+        regularization: weight of the pull towards the weights before the run, from the second run on.
+        memory: an earlier run's folder, to go on from in a new process.
+    """
+    unwrap(self).gazelle_replay = Replay(memory_size, replay_strategy, regularization, memory)
 
 
 def _save_pretrained(self: "PreTrainedModel", save_directory: str, *args: Any, save_format: str = "safetensors",

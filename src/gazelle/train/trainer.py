@@ -49,6 +49,8 @@ from gazelle.train.samples import Sample, answer_samples, pick_samples
 from gazelle.train.setup import check_checkpoint, check_together, match_precision, move_without_waiting
 from gazelle.train.step import GraphedStep, refuses_graph
 from gazelle.train.stopwatch import Stopwatch
+from gazelle.train.strategies.batching import enable_dynamic_batching
+from gazelle.train.strategies.incremental import with_replay
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -110,6 +112,7 @@ class SFTTrainer(Trainer):
             accelerate(model, precision="fp8" if config.precision == "fp8" else "auto")
         self.prepared: Prepared = prepare(model, tokenizer, config, train_dataset, eval_dataset, formatting_func)
         stop_at_end_of_turn(model, tokenizer)
+        replayed = with_replay(model, self.prepared.train)
 
         self._own_collator = data_collator
         refusal = "NEFTune's noise is scaled by the length of a padded row" if config.neftune_noise_alpha else None
@@ -164,6 +167,8 @@ class SFTTrainer(Trainer):
         if config.fp16 or config.precision == "fp8":
             self._finite = FiniteGradients("fp16" if config.fp16 else "fp8", scaled=self.accelerator.scaler is not None)
             self.add_callback(self._finite)
+        if replayed is not None:
+            self.add_callback(replayed)
         self._stopwatch = Stopwatch(self.args.device, lambda: self.tokens, lambda: self.evaluating)
         self.add_callback(self._stopwatch)
         self._window: Window | None = None
@@ -214,6 +219,21 @@ class SFTTrainer(Trainer):
             answer_samples(self.model, self.processing_class, self.samples, "after", config.report_max_new_tokens)
             write_report(config, run_facts(self), self.prepared.report, self.samples)
         return result
+
+    def enable_dynamic_batching(self, max_batch_size: int = 8, timeout: float | None = None,
+                                max_tokens: int | None = None) -> None:
+        """Batches of as many rows as a budget of tokens takes, instead of a fixed number of rows.
+
+        Args:
+            max_batch_size: rows of a batch at most.
+            timeout: taken because scripts pass it; there is nothing to wait for.
+            max_tokens: of a batch; default: as many as `per_device_train_batch_size` of the longest row, which is what
+                the memory plan was made for.
+
+        Raises:
+            OptionError: rows are packed to bins, or the caller's own collator makes the batches.
+        """
+        enable_dynamic_batching(self, max_batch_size, timeout, max_tokens)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save adapter or model and tokenizer, without the pickled arguments that the base class adds."""

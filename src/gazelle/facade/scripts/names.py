@@ -14,13 +14,20 @@ _TRAINERS = {
     "UnslothTrainer": _TRAINER, "UnslothTrainingArguments": _CONFIG,
     "unsloth_train": "gazelle.facade.scripts.calls:unsloth_train",
 }
+_STRATEGIES = {
+    "CurriculumTrainer": "gazelle.train.strategies.order:CurriculumTrainer",
+    "DynamicSequenceLengthTrainer": "gazelle.train.strategies.order:DynamicSequenceLengthTrainer",
+    "DistillationTrainer": "gazelle.train.strategies.distillation:DistillationTrainer",
+    "MixedPrecisionConfig": "gazelle.models.precision:MixedPrecisionConfig",
+    "profile_io": "gazelle.train.strategies.profile:profile_io",
+}
 _UNSLOTH = {
     "FastLanguageModel": _MODEL, "FastModel": _MODEL, "FastLlamaModel": _MODEL, "FastMistralModel": _MODEL,
     "FastQwen2Model": _MODEL, "FastQwen3Model": _MODEL, "FastGemmaModel": _MODEL, "FastGemma2Model": _MODEL,
     "is_bfloat16_supported": "gazelle.base.device:is_bfloat16_supported",
     "is_bf16_supported": "gazelle.base.device:is_bfloat16_supported",
     "add_new_tokens": "gazelle.facade.scripts.calls:add_new_tokens",
-    **_TRAINERS, **_CHAT,
+    **_TRAINERS, **_STRATEGIES, **_CHAT,
 }
 _TRL = {"SFTTrainer": _TRAINER, "SFTConfig": _CONFIG}
 
@@ -28,7 +35,7 @@ _TRL = {"SFTTrainer": _TRAINER, "SFTConfig": _CONFIG}
 MODULES: dict[str, dict[str, str]] = {
     "unsloth": _UNSLOTH,
     "unsloth.chat_templates": _CHAT,
-    "unsloth.trainer": _TRAINERS | {"SFTTrainer": _TRAINER},
+    "unsloth.trainer": _TRAINERS | _STRATEGIES | {"SFTTrainer": _TRAINER},
     "unsloth.models": {name: _MODEL for name in _UNSLOTH if name.startswith("Fast")},
     "unsloth.models.loader": {"FastLanguageModel": _MODEL, "FastModel": _MODEL},
     "unsloth.tokenizer_utils": {"add_new_tokens": _UNSLOTH["add_new_tokens"]},
