@@ -1,5 +1,6 @@
 """What only a GPU can show: native kernels, 16-bit and 4-bit training, 8-bit optimizers. Run by `make test-gpu`."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from tests.data.conftest import small_tokenizer
 from tests.train.conftest import ROWS
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from gazelle import FastLanguageModel, SFTConfig, SFTTrainer
 from gazelle.data.templates import TEMPLATES, get_template
@@ -121,3 +122,80 @@ def test_recorded_steps_train_as_others_with_evaluation_in_between(loading: dict
     # Recorded batches are rounded up to a common size, so their sums round otherwise.
     assert runs[0] == pytest.approx(runs[1], rel=1e-5)
     assert runs[0][-2] < 0.8 * runs[0][0]
+
+
+class Poison(TrainerCallback):
+    """Makes one number of the gradient NaN in a step, and keeps the weights after each."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.weights = step, list[torch.Tensor]()
+        self.optimizer: Any = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None,
+                    **kwargs: Any) -> None:
+        self.optimizer = optimizer
+        self.weights.append(torch.cat([p.detach().flatten().clone() for p in model.parameters() if p.requires_grad]))
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit"])
+def test_a_step_is_undone_without_waiting_for_the_device(optim: str, checkpoint: Path, tmp_path: Path,
+                                                         caplog: pytest.LogCaptureFixture) -> None:
+    model, tokenizer = FastLanguageModel.from_pretrained(str(checkpoint), max_seq_length=256, load_in_4bit=False)
+    model = FastLanguageModel.get_peft_model(model, r=8)
+    watch = Poison(6)
+    args = SFTConfig(output_dir=str(tmp_path), max_steps=12, per_device_train_batch_size=8, report=False, optim=optim,
+                     save_strategy="no", disable_tqdm=True, logging_steps=100, learning_rate=1e-3)
+    trainer = SFTTrainer(model, args, ROWS, processing_class=tokenizer, callbacks=[watch])
+    original, waits = trainer.training_step, []
+
+    def training_step(*inputs: Any, **named: Any) -> torch.Tensor:
+        loss = original(*inputs, **named)
+        if trainer.state.global_step + 1 == 6:
+            trainer._held.flats[0].grad[7] = float("nan")
+        return loss
+
+    trainer.training_step = training_step
+    judge = trainer._spikes.on_pre_optimizer_step
+
+    def judged(*inputs: Any, **named: Any) -> None:
+        torch.cuda.set_sync_debug_mode("error")  # an event that is waited for is none of what it forbids
+        try:
+            judge(*inputs, **named)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        waits.append(trainer._spikes.late)
+
+    trainer._spikes.on_pre_optimizer_step = judged
+    trainer.train()
+    assert all(waits) and len(waits) == 12
+    weights = watch.weights
+    assert all(weight.isfinite().all() for weight in weights)
+    moved = [(b - a).abs().max().item() for a, b in itertools.pairwise(weights)]
+    assert (moved[4] == 0.0) == (optim == "adamw_torch_fused")  # others fade their moments for a step
+    assert moved[4] < 2 * moved[3] and moved[5] > 0
+    assert trainer._spikes.counts == {"not finite": 1}
+    assert "Step 6 is skipped" in caplog.text
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit"])
+def test_resuming_is_exact_on_the_gpu(optim: str, checkpoint: Path, tmp_path: Path) -> None:
+    """Adapters large enough that a paged optimizer pages; dropout, recorded steps, late verdicts."""
+    def run(name: str, resume: bool) -> tuple[list[Any], torch.Tensor, Any]:
+        model, tokenizer = FastLanguageModel.from_pretrained(str(checkpoint), max_seq_length=256, load_in_4bit=True)
+        model = FastLanguageModel.get_peft_model(model, r=64, lora_dropout=0.1)
+        watch = Poison(0)
+        args = SFTConfig(output_dir=str(tmp_path / name), max_steps=8, per_device_train_batch_size=2, report=False,
+                         save_strategy="steps", save_steps=3, disable_tqdm=True, logging_steps=2, optim=optim,
+                         learning_rate=1e-3)
+        trainer = SFTTrainer(model, args, ROWS, processing_class=tokenizer, callbacks=[watch])
+        trainer.train(resume_from_checkpoint=resume)
+        paged = [getattr(state["state1"], "is_paged", False) for state in watch.optimizer.state.values()
+                 if "state1" in state]
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], watch.weights[-1], paged
+
+    whole = run("whole", False)
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "whole" / "checkpoint-3").rename(tmp_path / "cut" / "checkpoint-3")
+    again = run("cut", True)
+    assert again[0] == whole[0] and torch.equal(again[1], whole[1])
+    assert again[2] == whole[2] and any(whole[2]) == optim.startswith("paged")

@@ -48,6 +48,7 @@ def test_no_command_is_untested() -> None:
         ".venv/bin/gazelle chat out/demo",
         "gazelle recipes", "gazelle recipes lora > my.yaml", "gazelle train my.yaml --dry-run",
         "gazelle train my.yaml train.learning_rate=1e-4", "gazelle train my.yaml --print-recipe",
+        "gazelle train my.yaml --resume",
         "gazelle chat out/lora", "gazelle export out/lora --to gguf:q4_k_m,q8_0", "gazelle doctor", "gazelle bench",
         "gazelle plan SmolLM2-135M-Instruct.gguf --seq 512 --batch 8 --budget 3GB",
     }
@@ -97,6 +98,7 @@ def test_the_commands_of_a_recipe(
     assert yaml.safe_load(capsys.readouterr().out)["train"]["max_steps"] == 2
     assert not (tmp_path / "out").exists()
     assert main(["train", "my.yaml", "train.learning_rate=1e-4"]) == 0
+    assert main(["train", "my.yaml", "--resume"]) == 0
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello?\n"))
     assert main(["chat", "out/lora", "--max-new-tokens", "4"]) == 0
     assert main(["export", "out/lora", "--to", "gguf:q4_k_m,q8_0"]) == 0

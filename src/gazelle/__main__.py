@@ -4,7 +4,10 @@ import sys
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0 done, 1 our fault, 2 the user's mistake, 130 interrupted."""
+    """Run a command; returns the exit code: 0 done, 1 our fault, 2 the user's mistake, 130 interrupted.
+
+    Training that a signal stopped exits with 130 (Ctrl-C) or 143 (SIGTERM) once it is saved, as `SystemExit`.
+    """
     from gazelle.base.errors import GazelleError
     from gazelle.base.log import log_to_terminal
     from gazelle.cli.app import app

@@ -82,6 +82,17 @@ def write_text(path: Path, text: str) -> None:
         staging.write_text(text, encoding="utf-8")
 
 
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's names to the disk; its files have to be synced by themselves."""
+    if os.name == "nt":
+        return  # where folders cannot be opened, and renames are journalled
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def cache_folder() -> Path:
     """Converted checkpoints live here: `$GAZELLE_CACHE`, else `$XDG_CACHE_HOME/gazelle`, else `~/.cache/gazelle`."""
     if chosen := os.environ.get("GAZELLE_CACHE"):

@@ -9,6 +9,7 @@ from typing import Any, cast
 from gazelle.base.device import check_device, default_device
 from gazelle.base.errors import OutputError
 from gazelle.base.files import check_writable, write_text
+from gazelle.base.lock import check_unlocked, folder_lock
 from gazelle.data.load import Loaded, load_conversations
 from gazelle.data.read import Rows, read_rows
 from gazelle.data.report import DataReport
@@ -16,16 +17,17 @@ from gazelle.facade.language_model import FastLanguageModel
 from gazelle.facade.planning import check_budget
 from gazelle.models.context import fit_context
 from gazelle.models.load import load_tokenizer
+from gazelle.train.checkpoint import find_checkpoint, recover
 from gazelle.train.prepare import encode_rows
 from gazelle.train.recipe import Recipe
-from gazelle.train.setup import check_checkpoint, check_eval_rows
+from gazelle.train.setup import check_eval_rows
 from gazelle.train.trainer import SFTTrainer
 
 # What a run writes into its folder. What else lies there is somebody's and stays.
 LEFT_BY_A_RUN = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors",
     "model.safetensors.index.json", "metrics.jsonl", "report.html", "loss.png", "recipe.yaml", "scores.json",
-    "checkpoint-*",
+    "checkpoint-*", ".checkpoint-*",
 )
 
 
@@ -66,11 +68,13 @@ def check_folder(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
     """Find what is wrong with the output folder.
 
     Raises:
-        OutputError: it cannot be written to, holds an earlier run, or is the model's own.
+        OutputError: it cannot be written to, holds an earlier run or one that still goes on, or is the model's own.
         OptionError: nothing sound to resume from.
     """
     folder = Path(recipe.output_dir)
     check_writable(folder)
+    if folder.exists():
+        check_unlocked(folder)
     if folder.exists() and Path(recipe.model.name).exists() and folder.resolve() == Path(recipe.model.name).resolve():
         raise OutputError("the output folder is the model's own", where=str(folder), found=recipe.model.name,
                           expected="another folder", fix="choose another output_dir")
@@ -79,7 +83,10 @@ def check_folder(recipe: Recipe, *, resume: bool = False, overwrite: bool = Fals
         raise OutputError("the output folder holds an earlier run", where=str(folder), found=", ".join(earlier),
                           expected="a new or empty folder",
                           fix="choose another output_dir, or pass --resume or --overwrite")
-    check_checkpoint(resume, recipe.output_dir)
+    if resume and folder.exists():
+        with folder_lock(folder):
+            recover(folder)
+    find_checkpoint(resume, recipe.output_dir, thorough=False)
 
 
 def dry_run(recipe: Recipe) -> DataReport:
@@ -124,11 +131,12 @@ def run(
         model = FastLanguageModel.get_peft_model(model, **recipe.lora_options())
     trainer = SFTTrainer(model=model, args=recipe.sft_config(), train_dataset=rows.train,
                          eval_dataset=rows.evaluation, processing_class=tokenizer)
-    if overwrite and not resume:
-        clear_earlier_run(Path(recipe.output_dir))
-    trainer.train(resume_from_checkpoint=resume or None)
-    trainer.save_model(recipe.output_dir)
-    write_text(Path(recipe.output_dir) / "recipe.yaml", recipe.as_yaml())
+    with folder_lock(Path(recipe.output_dir)):
+        if overwrite and not resume:
+            clear_earlier_run(Path(recipe.output_dir))
+        trainer.train(resume_from_checkpoint=resume or None)
+        trainer.save_model(recipe.output_dir)
+        write_text(Path(recipe.output_dir) / "recipe.yaml", recipe.as_yaml())
     return trainer
 
 

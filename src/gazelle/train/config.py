@@ -110,6 +110,13 @@ class _SFTArguments(TrainingArguments):
     step_graph: bool | str = field(
         default="auto", metadata={"help": "Record steps as CUDA graphs: true, false, or auto (small models)."}
     )
+    on_spike: Literal["skip", "rollback", "stop"] = field(
+        default="skip", metadata={"help": "After a step whose loss or gradient is no number or a spike: skip it, roll "
+                                          "back to the last checkpoint and leave out the steps since, or stop."}
+    )
+    spike_factor: float = field(
+        default=10.0, metadata={"help": "A gradient norm this many times the median of late is a spike; 0: none is."}
+    )
     report: bool = field(default=True, metadata={"help": "Write report.html and loss.png when training ends."})
     report_samples: int = field(
         default=3, metadata={"help": "Prompts answered before and after training, shown in the report."}
@@ -222,6 +229,8 @@ def check_values(config: Any) -> None:
            lambda v: isinstance(v, int) and (v == -1 or v >= 1))
     _check("warmup_steps", config.warmup_steps, "0 or more steps, or a share of them below 1",
            lambda v: isinstance(v, int | float) and v >= 0)
+    _check("spike_factor", config.spike_factor, "0, or a number above 1",
+           lambda v: isinstance(v, int | float) and (v == 0 or v > 1))
     if str(config.train_sampling_strategy) == "group_by_length":
         say_once("train_sampling_strategy='group_by_length' has no effect: " + DROPPED["group_by_length"])
         config.train_sampling_strategy = "random"
@@ -237,6 +246,7 @@ def check_values(config: Any) -> None:
         "save_strategy": [kind.value for kind in SaveStrategy],
         "train_sampling_strategy": ["random", "sequential"], "packing_strategy": ["bfd", "wrapped"],
         "train_on": ["responses", "all"], "precision": ["auto", "bf16", "fp16", "fp32", "fp8"],
+        "on_spike": ["skip", "rollback", "stop"],
     }
     for name, known in choices.items():
         value = getattr(config, name)

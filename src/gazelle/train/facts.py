@@ -43,8 +43,8 @@ def run_facts(trainer: Any) -> RunFacts:
 def plan_lines(trainer: Any) -> list[tuple[str, str]]:
     """The memory plan beside what was measured, and the steps that were skipped."""
     lines = [] if trainer.plan is None else trainer.plan.lines()
-    finite = trainer._finite
-    if finite is not None and finite.skipped:
-        said = f"{finite.skipped}, the last as the gradient of {finite.names[0]} was not finite"
-        lines.append(("skipped steps", said))
+    counts = trainer._spikes.counts
+    if counts:
+        said = ", ".join(f"{number} {kind}" for kind, number in counts.items())
+        lines.append(("skipped steps", f"{said}; the last: {trainer._spikes.last}"))
     return lines

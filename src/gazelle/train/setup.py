@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.trainer_utils import get_last_checkpoint
 
 from gazelle.base.errors import OptionError
 from gazelle.models.context import context_limit
@@ -56,30 +55,10 @@ def check_together(config: SFTConfig, model: PreTrainedModel, *, has_eval: bool,
                           f"which stretches it, or set max_length to {limit} or less")
 
 
-def check_checkpoint(resume: str | Path | bool | None, output_dir: str, model: Any = None) -> None:
-    """Raise `OptionError` if there is nothing sound to resume from, or if it was made with another adapter.
-
-    Args:
-        resume: True for the newest checkpoint in `output_dir`, or the path of one.
-        output_dir: the run's folder.
-        model: the model that would go on, where it is loaded already.
-    """
-    if not resume:
+def check_adapter(folder: Path | None, model: Any) -> None:
+    """Raise `OptionError` if the checkpoint in `folder` was made with another adapter than the model's."""
+    if folder is None:
         return
-    folder = Path(output_dir if resume is True else str(resume))
-    if resume is True:
-        last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-        if last is None:
-            raise OptionError("there is no checkpoint to resume from", where=str(folder),
-                              found="no checkpoint-N folder", expected="a folder in which training was started before",
-                              fix="start anew, without resuming")
-        folder = Path(last)
-    try:
-        json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise OptionError("this is not a checkpoint to resume from", where=str(folder),
-                          found=f"trainer_state.json: {error}", expected="a whole checkpoint-N folder",
-                          fix="name another checkpoint, or delete this one") from error
     ours = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", "default"))
     saved = folder / "adapter_config.json"
     if ours is None or not saved.is_file():

@@ -93,6 +93,6 @@ class GraphedStep:
                   "uniform": uniform}
         del inputs["count"]
         total, _ = batch_loss(self.model, inputs, self.label_smoothing)
-        loss = total / batch["count"]
+        loss = total / batch["count"].clamp(min=1)
         loss.backward()
         return loss.detach()

@@ -15,7 +15,6 @@ import torch
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
@@ -36,27 +35,26 @@ from gazelle.models.swap import accelerate
 from gazelle.train.config import optimizer_name, with_options
 from gazelle.train.dataset import Bins, Collator, DictRows, rows_as_dataset
 from gazelle.train.facts import run_facts
-from gazelle.train.finite import FiniteGradients
 from gazelle.train.loss import batch_loss, loss_sums
 from gazelle.train.memory import choose_checkpointing
-from gazelle.train.metrics import MetricsFile
-from gazelle.train.optimizer import HeldGradients, can_flatten, flatten, grouped, learning_rates
+from gazelle.train.optimizer import can_flatten, flatten, grouped, learning_rates
 from gazelle.train.plan import RunPlan, Window, plan_run
 from gazelle.train.prepare import Prepared, encode_rows, prepare
 from gazelle.train.progress import Progress
 from gazelle.train.report import write_report
 from gazelle.train.samples import Sample, answer_samples, pick_samples
-from gazelle.train.setup import check_checkpoint, check_together, match_precision, move_without_waiting
+from gazelle.train.setup import check_together, match_precision, move_without_waiting
 from gazelle.train.step import GraphedStep, refuses_graph
 from gazelle.train.stopwatch import Stopwatch
 from gazelle.train.strategies.batching import enable_dynamic_batching
 from gazelle.train.strategies.incremental import with_replay
+from gazelle.train.surviving import SurvivingTrainer
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(SurvivingTrainer):
     """Fine-tunes a causal language model on conversations, prompt–completion pairs or raw text.
 
     Args:
@@ -130,6 +128,8 @@ class SFTTrainer(Trainer):
         self._use_cache_before = getattr(model.config, "use_cache", None)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         config.remove_unused_columns = False  # what the data room hands over is all used
+        if config.data_seed is None:
+            config.data_seed = config.seed  # accelerate would take whatever torch was last seeded with
         self._config = config
         if model.device.type == "cuda":
             move_without_waiting(config)
@@ -161,21 +161,15 @@ class SFTTrainer(Trainer):
         if not config.disable_tqdm and self.prepared.report is not None:
             self._progress = Progress(self.prepared.report)
             self.add_callback(self._progress)
-        if config.output_dir:
-            self.add_callback(MetricsFile())
-        self._finite: FiniteGradients | None = None
-        if config.fp16 or config.precision == "fp8":
-            self._finite = FiniteGradients("fp16" if config.fp16 else "fp8", scaled=self.accelerator.scaler is not None)
-            self.add_callback(self._finite)
         if replayed is not None:
             self.add_callback(replayed)
+        self.guard(config)
         self._stopwatch = Stopwatch(self.args.device, lambda: self.tokens, lambda: self.evaluating)
         self.add_callback(self._stopwatch)
         self._window: Window | None = None
         if self.plan is not None:
             self._window = Window(self.plan, model, self._drop_step)
             self.add_callback(self._window)
-        self._held = HeldGradients(model)
         self._step: GraphedStep | None = None
         self._weights = sum(parameter.numel() for parameter in model.parameters())
         self.samples: list[Sample] = []
@@ -191,8 +185,11 @@ class SFTTrainer(Trainer):
             resume_from_checkpoint: True for the newest checkpoint in `output_dir`, or the path of one.
             **kwargs: as in `transformers.Trainer.train`.
         """
+        with self.taken_up(resume_from_checkpoint) as resume:
+            return self._train(resume, **kwargs)
+
+    def _train(self, resume: Path | None, **kwargs: Any) -> Any:
         config = self._config
-        check_checkpoint(resume_from_checkpoint, str(config.output_dir), self.model)
         reported = config.report and self.prepared.report is not None and self.is_world_process_zero()
         if reported and config.report_samples:
             self.samples = pick_samples(self.prepared.conversations, config.report_samples)
@@ -207,7 +204,7 @@ class SFTTrainer(Trainer):
             with self._packed_attention(), self._held, planned:
                 if self._use_cache_before is not None:
                     self.model.config.use_cache = False
-                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                result = self.train_on(resume, **kwargs)
         finally:
             self._restore_cache(self.model)
             if self._progress is not None:
@@ -222,18 +219,13 @@ class SFTTrainer(Trainer):
 
     def enable_dynamic_batching(self, max_batch_size: int = 8, timeout: float | None = None,
                                 max_tokens: int | None = None) -> None:
-        """Batches of as many rows as a budget of tokens takes, instead of a fixed number of rows.
-
-        Args:
-            max_batch_size: rows of a batch at most.
-            timeout: taken because scripts pass it; there is nothing to wait for.
-            max_tokens: of a batch; default: as many as `per_device_train_batch_size` of the longest row, which is what
-                the memory plan was made for.
-
-        Raises:
-            OptionError: rows are packed to bins, or the caller's own collator makes the batches.
-        """
+        """Batches of as many rows as a budget of tokens takes: see `train.strategies.batching`."""
         enable_dynamic_batching(self, max_batch_size, timeout, max_tokens)
+
+    def rolled_back(self) -> None:
+        super().rolled_back()
+        if self._progress is not None:
+            self._progress.stop()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save adapter or model and tokenizer, without the pickled arguments that the base class adds."""
@@ -250,7 +242,8 @@ class SFTTrainer(Trainer):
         target = self.model if model is None else model
         name = optimizer_name(self.args)
         rates = learning_rates(target, self._config)
-        flat = self.args.world_size == 1 and can_flatten(target, name)
+        layout = self._checkpoints.layout(self._checkpoints.resumed)
+        flat = self.args.world_size == 1 and can_flatten(target, name) and layout != "parameters"
         if self.optimizer is None and (flat or rates):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
             groups = grouped(target, self.get_decay_parameter_names(target), self.args.weight_decay, rates)
@@ -263,11 +256,16 @@ class SFTTrainer(Trainer):
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any],
                       num_items_in_batch: torch.Tensor | int | None = None) -> torch.Tensor:
         """Forward and backward of a micro-batch; with those before it again, if memory runs out on a smaller plan."""
-        if self._window is None or self.args.world_size > 1:
+        if self.args.world_size > 1:
             return self._micro_batch(model, inputs, num_items_in_batch)
-        if not self._window.batches:
-            self._tokens_before = self.tokens
-        return self._window.run(inputs, lambda batch: self._micro_batch(model, batch, num_items_in_batch))
+        if self._window is None:
+            loss = self._micro_batch(model, inputs, num_items_in_batch)
+        else:
+            if not self._window.batches:
+                self._tokens_before = self.tokens
+            loss = self._window.run(inputs, lambda batch: self._micro_batch(model, batch, num_items_in_batch))
+        self._spikes.add_loss(loss)
+        return loss
 
     def _micro_batch(self, model: torch.nn.Module, inputs: dict[str, Any],
                      num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
@@ -300,11 +298,12 @@ class SFTTrainer(Trainer):
                 else int(mask.sum())
         total, output = batch_loss(model, inputs, self.args.label_smoothing_factor, logits=return_outputs)
         count = num_items_in_batch if num_items_in_batch is not None else (inputs["labels"] != -100).sum()
-        loss = total / count
+        loss = total / torch.as_tensor(count).clamp(min=1)  # rows without a label are nothing, not nothing by nothing
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the count is over all processes, which DDP then averages
         return (loss, output) if return_outputs else loss
 
+    @torch.random.fork_rng(devices=())  # data loaders draw a number: training is to be the same without evaluation
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
@@ -322,7 +321,7 @@ class SFTTrainer(Trainer):
             sums = loss_sums(self.model, batches, self.compute_loss_context_manager)
         total_sum, count = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").tolist()
         seconds = time.perf_counter() - started
-        metrics = {f"{metric_key_prefix}_loss": total_sum / count, f"{metric_key_prefix}_runtime": seconds}
+        metrics = {f"{metric_key_prefix}_loss": total_sum / max(count, 1.0), f"{metric_key_prefix}_runtime": seconds}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         # Time spent here does not count against the throughput of training.
@@ -355,18 +354,18 @@ class SFTTrainer(Trainer):
         return 6 * inputs["input_ids"].numel() * self._weights
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        if self._finite is not None:
-            self._finite.look(model)
-        if not self._held.flats or self.accelerator.scaler is not None:
-            return super()._clip_grad_norm(model)
-        return clip_(self._held.flats, self.args.max_grad_norm)
+        self._spikes.before_clipping(model)
+        flat = self._held.flats and self.accelerator.scaler is None
+        self._spikes.norm = clip_(self._held.flats, self.args.max_grad_norm) if flat else super()._clip_grad_norm(model)
+        return self._spikes.norm
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
-        if grad_norm is None and self._finite is not None:
-            self._finite.look(model)
-        if grad_norm is None and self._held.flats and self.accelerator.scaler is None:
-            return clip_(self._held.flats, float("inf"))
-        return super()._get_grad_norm(model, grad_norm)
+        if grad_norm is None:
+            self._spikes.before_clipping(model)
+            if self._held.flats and self.accelerator.scaler is None:
+                grad_norm = clip_(self._held.flats, float("inf"))
+            self._spikes.norm = grad_norm = super()._get_grad_norm(model, grad_norm)
+        return grad_norm
 
     def _drop_step(self) -> None:
         """Memory ran out: let go of gradients and of graphs with their activations, and count its tokens anew."""

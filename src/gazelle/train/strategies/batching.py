@@ -37,7 +37,18 @@ def token_batches(lengths: Sequence[int], budget: int, most: int, *, padded: boo
 
 def enable_dynamic_batching(trainer: "SFTTrainer", max_batch_size: int = 8, timeout: float | None = None,
                             max_tokens: int | None = None) -> None:
-    """Make a trainer's batches of a budget of tokens; see `SFTTrainer.enable_dynamic_batching`."""
+    """Make a trainer's batches of as many rows as a budget of tokens takes, instead of a fixed number of rows.
+
+    Args:
+        trainer: made, and not yet run.
+        max_batch_size: rows of a batch at most.
+        timeout: taken because scripts pass it; there is nothing to wait for.
+        max_tokens: of a batch; default: as many as `per_device_train_batch_size` of the longest row, which is what the
+            memory plan was made for.
+
+    Raises:
+        OptionError: rows are packed to bins, or the caller's own collator makes the batches.
+    """
     for name, value in (("max_batch_size", max_batch_size), ("max_tokens", max_tokens)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
             raise OptionError("a value that cannot be used", where=name, found=repr(value),

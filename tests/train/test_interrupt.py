@@ -1,0 +1,127 @@
+"""Ctrl-C and SIGTERM: the step is finished and saved, and the run goes on from there as if nothing had happened."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.train.conftest import ROWS, small_llama
+from tests.train.test_resume import weights_hash
+from transformers import PreTrainedTokenizerBase, TrainerCallback
+
+from gazelle import SFTTrainer
+from gazelle.__main__ import main
+from gazelle.train.checkpoint import fault
+from gazelle.train.interrupt import Interrupted
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+Make = Callable[..., SFTTrainer]
+
+
+class SignalAt(TrainerCallback):
+    """Sends this process signals in the middle of a step."""
+
+    def __init__(self, step: int, *numbers: int) -> None:
+        self.step, self.numbers = step, numbers
+        self.handlers: Any = None
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step + 1 == self.step:
+            self.handlers = signal.getsignal(signal.SIGINT)
+            for number in self.numbers:
+                os.kill(os.getpid(), number)
+
+
+def handlers() -> list[Any]:
+    return [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_it_saves_stops_and_goes_on(number: int, code: int, quick: Make, caplog: pytest.LogCaptureFixture) -> None:
+    options: dict[str, Any] = {"max_steps": 5, "eval_strategy": "epoch", "save_strategy": "epoch"}
+    whole = quick(**options)
+    whole.train()
+    out = Path(whole.args.output_dir)
+    shutil.rmtree(out)
+    before = handlers()
+    trainer = quick(**options)
+    trainer.add_callback(SignalAt(3, number))
+    with pytest.raises(Interrupted) as caught:
+        trainer.train()
+    assert caught.value.code == code and isinstance(caught.value, SystemExit)
+    assert trainer.state.global_step == 3 and handlers() == before
+    assert fault(out / "checkpoint-3") is None
+    assert sum("eval_loss" in entry for entry in trainer.state.log_history) == 1  # none for the stop
+    assert f"{signal.Signals(number).name}: saving after this step." in caplog.text
+    assert f"Stopped at step 3 of 5, saved in {out / 'checkpoint-3'}" in caplog.text
+    assert "trainer.train(resume_from_checkpoint=True) or gazelle train RECIPE --resume" in caplog.text
+    again = quick(**options)
+    again.train(resume_from_checkpoint=True)
+    assert weights_hash(again.model) == weights_hash(whole.model)
+    assert handlers() == before
+
+
+def test_a_second_one_stops_at_once(quick: Make) -> None:
+    before = handlers()
+    trainer = quick()
+    trainer.add_callback(SignalAt(2, signal.SIGINT, signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert trainer.state.global_step == 1 and handlers() == before
+    assert not list(Path(trainer.args.output_dir).glob("*checkpoint-*"))
+
+
+def test_other_threads_leave_signals_alone(quick: Make) -> None:
+    before = handlers()
+    trainer = quick(max_steps=2)
+    watch = SignalAt(2)
+    trainer.add_callback(watch)
+    thread = threading.Thread(target=trainer.train)
+    thread.start()
+    thread.join()
+    assert watch.handlers == before[0] and trainer.state.global_step == 2
+
+
+def test_on_the_command_line(bytes_tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
+                             capsys: pytest.CaptureFixture[str]) -> None:
+    """The real command, a real signal; a second run in the folder is refused meanwhile."""
+    small_llama(bytes_tokenizer, adapter=False).save_pretrained(tmp_path / "model")
+    bytes_tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"""
+model: {{name: {tmp_path / "model"}}}
+lora: {{r: 4}}
+data: {{train: {tmp_path / "rows.jsonl"}}}
+train: {{max_steps: 100000, logging_steps: 1, per_device_train_batch_size: 1, report: false}}
+output_dir: {tmp_path / "out"}
+""")
+    process = subprocess.Popen([sys.executable, "-m", "gazelle", "train", str(recipe)], stderr=subprocess.PIPE,
+                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stderr is not None
+    said = ""
+    try:
+        while "step 2/" not in said:
+            said += process.stderr.readline()
+        assert main(["train", str(recipe), "--resume"]) == 2
+        assert f"process {process.pid}" in capsys.readouterr().err
+        process.send_signal(signal.SIGINT)
+        said += process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 130, said
+    assert "Traceback" not in said and "gazelle train RECIPE --resume" in said
+    saved = int(said.split("Stopped at step ")[1].split()[0])
+    began = time.perf_counter()
+    assert main(["train", str(recipe), "--resume", f"train.max_steps={saved + 2}"]) == 0
+    assert time.perf_counter() - began < 60
+    assert (tmp_path / "out" / f"checkpoint-{saved + 2}").exists()
+    assert (tmp_path / "out" / "adapter_model.safetensors").exists()
