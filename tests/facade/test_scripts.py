@@ -33,6 +33,12 @@ CASES: dict[str, tuple[str, tuple[str, str], list[str]]] = {
     "merge_and_gguf": ("unsloth/SmolLM2-135M-Instruct-bnb-4bit", ("", ""),
                        ["merged/model.safetensors", "gguf/model-Q8_0.gguf", "gguf16/model-F16.gguf"]),
     "plain_trl": ("meta-llama/Llama-3.2-1B", ("trl-lib/Capybara", "chats.jsonl"), ["out/adapter_model.safetensors"]),
+    "curriculum": ("unsloth/Meta-Llama-3.1-8B", ("yahma/alpaca-cleaned", "rows.jsonl"),
+                   ["curriculum_model/adapter_model.safetensors", "outputs/replay.json"]),
+    "dynamic_length": ("unsloth/tinyllama", ("yahma/alpaca-cleaned", "rows.jsonl"),
+                       ["dynamic_model/adapter_model.safetensors"]),
+    "distillation": ("unsloth/SmolLM2-135M", ("yahma/alpaca-cleaned", "rows.jsonl"),
+                     ["student_model/adapter_model.safetensors"]),
     "columns_to_chat": ("unsloth/gemma-2b", ("vicgalle/alpaca-gpt4", "rows.jsonl"),
                         ["lora_model/adapter_model.safetensors"]),
 }
@@ -78,6 +84,8 @@ def test_scripts_run_unchanged(ran: tuple[str, str], demo_tokenizer: object) -> 
     elif script == "sharegpt_chat":
         assert AutoModelForCausalLM.from_pretrained("model").dtype == torch.bfloat16
         assert "'role': 'user'" in printed and "<|im_start|>assistant\nMrs. Okonkwo runs it.<|im_end|>" in printed
+    elif script == "curriculum":
+        assert "a micro-batch of" in printed and "device" in printed
     elif script == "alpaca":
         assert "### Response:" in printed and "GB of memory reserved" in printed
 

@@ -1,9 +1,11 @@
 from unsloth import FastLanguageModel
 from unsloth import is_bf16_supported
+import torch
 from trl import SFTTrainer, SFTConfig
 
 model, tokenizer = FastLanguageModel.from_pretrained(
-    model_name="unsloth/SmolLM2-135M-Instruct-bnb-4bit", max_seq_length=128, load_in_4bit=True, device_map="cuda:0"
+    model_name="unsloth/SmolLM2-135M-Instruct-bnb-4bit", max_seq_length=128, load_in_4bit=True, device_map="cuda:0",
+    dtype=torch.float16, token="hf_...",
 )
 model = FastLanguageModel.get_peft_model(model, r=8, lora_alpha=8, layers_to_transform=[0, 1])
 trainer = SFTTrainer(
