@@ -5,10 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.train.conftest import ROWS
+from tests.train.conftest import ROWS, small_llama
 
 from gazelle import SFTConfig, SFTTrainer, standardize_sharegpt, train_on_responses_only
 from gazelle.base.errors import DataError, OptionError
+from gazelle.train.strategies.incremental import HoldOn, Replay
 
 CHATS = [{"conversations": [
     {"from": "human", "value": row["instruction"]}, {"from": "gpt", "value": row["output"]},
@@ -16,11 +17,14 @@ CHATS = [{"conversations": [
     for number, row in enumerate(ROWS)]
 
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 @pytest.fixture
-def make(tiny: Callable[..., Any], demo_tokenizer: Any, tmp_path: Path) -> Callable[..., SFTTrainer]:
+def make(bytes_tokenizer: Any, tmp_path: Path) -> Callable[..., SFTTrainer]:
     def trainer(rows: Any, evaluation: Any = None, **options: Any) -> SFTTrainer:
         args = SFTConfig(output_dir=str(tmp_path), max_steps=1, report=False, disable_tqdm=True, **options)
-        return SFTTrainer(tiny(), args, rows, evaluation, demo_tokenizer)
+        return SFTTrainer(small_llama(bytes_tokenizer), args, rows, evaluation, bytes_tokenizer)
 
     return trainer
 
@@ -36,9 +40,9 @@ def rendered(tokenizer: Any, *, keep: bool) -> Any:
     return made if keep else made.select_columns(["text"])
 
 
-def test_texts_beside_their_turns_get_the_labels_of_the_turns(make: Any, demo_tokenizer: Any) -> None:
+def test_texts_beside_their_turns_get_the_labels_of_the_turns(make: Any, bytes_tokenizer: Any) -> None:
     want = make(CHATS, CHATS[:2])
-    rows = rendered(demo_tokenizer, keep=True)
+    rows = rendered(bytes_tokenizer, keep=True)
     trainer = make(rows, rows.select(range(2)), dataset_text_field="text")
     assert labels(trainer) != labels(want)  # all of a text is learnt
     assert train_on_responses_only(trainer, "<|im_start|>user\n", "<|im_start|>assistant\n") is trainer
@@ -52,9 +56,9 @@ def test_texts_beside_their_turns_get_the_labels_of_the_turns(make: Any, demo_to
     trainer.train()
 
 
-def test_texts_alone_are_told_by_headers(make: Any, demo_tokenizer: Any) -> None:
+def test_texts_alone_are_told_by_headers(make: Any, bytes_tokenizer: Any) -> None:
     honest = [{"conversations": chat["conversations"][:2]} for chat in CHATS]
-    texts = [{"text": demo_tokenizer.apply_chat_template(chat, tokenize=False)}
+    texts = [{"text": bytes_tokenizer.apply_chat_template(chat, tokenize=False)}
              for chat in standardize_sharegpt(honest)["conversations"]]
     trainer = train_on_responses_only(make(texts))
     assert labels(trainer) == labels(make(honest))
@@ -69,8 +73,25 @@ def test_rows_with_turns_are_as_they_were(make: Any) -> None:
     assert labels(train_on_responses_only(trainer)) == labels(make(CHATS))
 
 
-def test_mistakes(make: Any, demo_tokenizer: Any) -> None:
-    texts = rendered(demo_tokenizer, keep=False)
+def test_rows_of_earlier_runs_stay(make: Any, bytes_tokenizer: Any) -> None:
+    texts = rendered(bytes_tokenizer, keep=False)
+    trainer = make(texts)
+    earlier = Replay(2)
+    earlier.remember(list(trainer.prepared.train.examples), 0)
+    trainer.model.get_base_model().gazelle_replay = earlier
+    again = SFTTrainer(trainer.model, trainer.args, texts, None, bytes_tokenizer)
+    train_on_responses_only(again)
+    assert len(again.train_dataset) == len(texts) + 2
+    (watching,) = [callback for callback in again.callback_handler.callbacks if isinstance(callback, HoldOn)]
+    assert len(watching.own) == len(texts) and -100 in list(watching.own[0].labels)[1:]
+    plain = make(texts)
+    plain.enable_dynamic_batching(4)
+    with pytest.raises(OptionError, match="made of these rows already"):
+        train_on_responses_only(plain)
+
+
+def test_mistakes(make: Any, bytes_tokenizer: Any) -> None:
+    texts = rendered(bytes_tokenizer, keep=False)
     with pytest.raises(OptionError, match="no row has this header"):
         train_on_responses_only(make(texts), "### Q", "### A")
     with pytest.raises(OptionError, match="one header without the other"):

@@ -126,7 +126,7 @@ def test_rows_of_like_length_go_together(make: Any) -> None:
     sizes = [5 + (53 * n) % 90 for n in range(128)]
     trainer = make(lengths_of(*sizes), DynamicSequenceLengthTrainer, num_train_epochs=1, max_steps=-1,
                    extra={"max_sequence_length": 128, "min_sequence_length": 16, "length_step": 8})
-    batches, random = Batches(trainer), None
+    batches = Batches(trainer)
     trainer.train()
     wide = [batch for batch in batches.seen if max(batch) - min(batch) >= 8 and max(batch) > 16]
     assert len(wide) <= 11 // 2 + 4  # what is left over of eleven buckets
@@ -241,17 +241,19 @@ def fresh(tokenizer: Any, **options: Any) -> Any:
 
 def test_a_student_learns_more_from_a_teacher(make: Any, bytes_tokenizer: Any) -> None:
     held_out, few = chain_rows(32, 2), chain_rows(8, 3)
-    schedule: dict[str, Any] = {"learning_rate": 5e-3, "per_device_train_batch_size": 8}
-    teacher = fresh(bytes_tokenizer, hidden_size=48, intermediate_size=96)
-    make(chain_rows(400, 4), model=teacher, max_steps=150, **schedule).train()
-    alone = make(few, model=fresh(bytes_tokenizer), max_steps=60, evaluation=held_out, **schedule)
+    schedule: dict[str, Any] = {"learning_rate": 2e-2, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 8}
+    teacher = fresh(bytes_tokenizer, hidden_size=48, intermediate_size=96, num_hidden_layers=2)
+    make(chain_rows(400, 4), model=teacher, max_steps=150,
+         **schedule | {"learning_rate": 1e-2, "per_device_train_batch_size": 16}).train()
+    small = {"num_hidden_layers": 1}
+    alone = make(few, model=fresh(bytes_tokenizer, **small), max_steps=200, evaluation=held_out, **schedule)
     alone.train()
     weights = [value.clone() for value in teacher.state_dict().values()]
-    taught = make(few, DistillationTrainer, model=fresh(bytes_tokenizer), max_steps=60, evaluation=held_out,
-                  extra={"teacher_model": teacher, "temperature": 2.0, "alpha_ce": 0.8, "alpha_mse": 0.1}, **schedule)
+    taught = make(few, DistillationTrainer, model=fresh(bytes_tokenizer, **small), max_steps=200, evaluation=held_out,
+                  extra={"teacher_model": teacher, "temperature": 2.0, "alpha_ce": 0.9}, **schedule)
     taught.train()
     losses = [trainer.evaluate()["eval_loss"] for trainer in (alone, taught)]
-    assert losses[1] < losses[0] - 0.1, losses
+    assert losses[1] < losses[0] - 0.2, losses  # 2.11 and 2.61; the teacher has 2.01
     assert all(torch.equal(old, new) for old, new in zip(weights, teacher.state_dict().values(), strict=True))
 
 
@@ -287,7 +289,7 @@ def task(name: str) -> list[dict[str, str]]:
 
 def test_replay_and_the_pull_forget_less(make: Any, bytes_tokenizer: Any, tmp_path: Path) -> None:
     def forgotten(replay: dict[str, Any] | None) -> float:
-        model = bind(fresh(bytes_tokenizer))
+        model = bind(fresh(bytes_tokenizer, num_hidden_layers=2))
         if replay is not None:
             model.enable_incremental_tuning(**replay)
         options: dict[str, Any] = {"model": model, "learning_rate": 4e-3, "per_device_train_batch_size": 10}

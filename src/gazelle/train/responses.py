@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 from gazelle.base.errors import DataError, OptionError
 from gazelle.base.log import logger
 from gazelle.data.headers import Headers, template_headers
+from gazelle.train.dataset import Bins
 from gazelle.train.prepare import encode_rows
+from gazelle.train.strategies.incremental import with_replay
 
 if TYPE_CHECKING:
     from gazelle.train.trainer import SFTTrainer
@@ -45,7 +47,10 @@ def train_on_responses_only(
         raise OptionError("one header without the other", where="train_on_responses_only",
                           found="instruction_part" if response_part is None else "response_part",
                           expected="both, or neither to take the chat template's", fix="pass both")
-    prepared = trainer.prepared
+    prepared, data = trainer.prepared, trainer.train_dataset
+    if isinstance(data, Bins) and not trainer.args.packing and any(len(rows) > 1 for rows in data.bins):
+        raise OptionError("batches were made of these rows already", where="train_on_responses_only",
+                          found="after enable_dynamic_batching", expected="before it", fix="exchange the two calls")
     train, evaluation, formatting_func = prepared.sources
     own = trainer.processing_class
     if instruction_part is None or response_part is None:
@@ -58,6 +63,7 @@ def train_on_responses_only(
     _check_texts(prepared, headers, own)
     trainer.args.train_on = "responses"
     again = encode_rows(own, trainer.model.config.model_type, trainer.args, train, evaluation, formatting_func, headers)
+    with_replay(trainer.model, again.train, trainer.callback_handler.callbacks)
     trainer.prepared = again
     trainer.train_dataset, trainer.eval_dataset = trainer._dataset(again.train), trainer._dataset(again.eval)
     if trainer._progress is not None and again.report is not None:

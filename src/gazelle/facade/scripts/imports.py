@@ -79,8 +79,8 @@ def _not_there(module: str, name: str) -> NotThereError:
 def missing_name(error: ImportError) -> UserError | None:
     """What to say of a failed `from trl import Something`; None if it is about another package."""
     module = error.name or ""
-    if module.partition(".")[0] not in ROOTS or isinstance(error, UserError):
-        return error if isinstance(error, UserError) else None
+    if module.partition(".")[0] not in ROOTS:
+        return None
     name = str(error).partition("cannot import name ")[2].partition("'")[2].partition("'")[0]
     return _not_there(module, name or module)
 

@@ -38,7 +38,7 @@ def run_script(script: Path, arguments: Sequence[str] = (), models: Mapping[str,
     """Run a Python file as its own program would; returns the exit code.
 
     While it runs, `import unsloth` and `import trl` get gazelle's names, `transformers.TrainingArguments` takes its
-    older names, and on a machine without a GPU "cuda" means the CPU. Afterwards everything is as before.
+    older names, and where torch has no "cuda" it means the device that is there. Afterwards everything is as before.
 
     Args:
         script: the file; nothing in it is changed.
@@ -79,10 +79,10 @@ def run_script(script: Path, arguments: Sequence[str] = (), models: Mapping[str,
 @contextlib.contextmanager
 def _environment() -> Iterator[None]:
     """What a script finds otherwise than without gazelle, beside its imports."""
-    from gazelle.facade.scripts.without_gpu import cuda_is_cpu
+    from gazelle.facade.scripts.without_gpu import cuda_is_here
     from gazelle.train.older import older_names
 
-    with cuda_is_cpu(), older_names():
+    with cuda_is_here(), older_names():
         yield
 
 

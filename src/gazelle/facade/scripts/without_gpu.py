@@ -1,7 +1,7 @@
 """What scripts ask of a GPU, on a machine that has none: `.to("cuda")`, `.cuda()`, `device_map="cuda"`, its memory.
 
-Somebody who runs such a script on a CPU wants it to run there. While `cuda_is_cpu` lasts, a place on a GPU means the
-CPU, and one line in the log says so. Nothing changes where there is a GPU.
+Somebody who runs such a script there wants it to run on what there is. While `cuda_is_here` lasts, "cuda" means the
+device that gazelle would choose, and one line in the log says so. Nothing changes where torch has "cuda".
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from gazelle.base.device import device_name, memory_in_use, peak_memory, total_memory
+from gazelle.base.device import default_device, device_name, memory_in_use, peak_memory, total_memory
 from gazelle.base.exchange import exchange
 from gazelle.base.log import say_once
 from gazelle.models import options
@@ -22,15 +22,15 @@ _NOTHING = ("synchronize", "empty_cache", "set_device", "reset_peak_memory_stats
 
 
 @contextlib.contextmanager
-def cuda_is_cpu() -> Iterator[None]:
-    """Take a CPU where a script says "cuda"; nothing where torch has a GPU."""
+def cuda_is_here() -> Iterator[None]:
+    """Take the device that is there where a script says "cuda"."""
     if torch.cuda.is_available():
         yield
         return
     with contextlib.ExitStack() as stack:
         exchange(stack, torch.Tensor, "to", _moved)
-        exchange(stack, torch.Tensor, "cuda", _on_cpu)
-        exchange(stack, torch.nn.Module, "cuda", _on_cpu)
+        for kind in (torch.Tensor, torch.nn.Module):
+            exchange(stack, kind, "cuda", lambda _: _moved_here)
         exchange(stack, options, "device_map", _mapped)
         for name, answer in _answers().items():
             exchange(stack, torch.cuda, name, functools.partial(_instead, answer))
@@ -42,11 +42,11 @@ def _instead(answer: Callable[..., Any], _: Any) -> Any:
 
 
 def _place(device: Any) -> Any:
-    """The CPU for a GPU; anything else as it is."""
+    """The device that is there for "cuda"; anything else as it is."""
     kind = device.type if isinstance(device, torch.device) else str(device).partition(":")[0]
     if kind == "cuda" and isinstance(device, str | torch.device):
-        say_once('there is no GPU here: what goes to "cuda" stays on the CPU')
-        return torch.device("cpu")
+        say_once(f'there is no "cuda" here: what is sent there goes to {default_device()}')
+        return torch.device(default_device())
     return device
 
 
@@ -73,23 +73,21 @@ def _moved(original: Any) -> Any:
     return to
 
 
-def _on_cpu(original: Any) -> Any:
-    @functools.wraps(original)
-    def cuda(self: Any, *_: Any, **__: Any) -> Any:
-        _place("cuda")
-        return self
-
-    return cuda
+def _moved_here(self: Any, *_: Any, **__: Any) -> Any:
+    """In place of `.cuda()`."""
+    return self.to(_place("cuda"))
 
 
 def _answers() -> dict[str, Callable[..., Any]]:
-    """What is asked of a GPU's memory and kind, answered for the CPU: in bytes of this process and machine."""
+    """What is asked of a GPU's memory and kind, answered for the device that is there, in bytes."""
+    here = default_device()
+
     def properties(*_: Any) -> types.SimpleNamespace:
-        return types.SimpleNamespace(name=device_name("cpu"), total_memory=total_memory("cpu"), major=0, minor=0,
+        return types.SimpleNamespace(name=device_name(here), total_memory=total_memory(here), major=0, minor=0,
                                      multi_processor_count=torch.get_num_threads())
 
-    in_use = dict.fromkeys(("memory_allocated", "memory_reserved"), lambda *_: memory_in_use("cpu"))
-    peak = dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), lambda *_: peak_memory("cpu"))
+    in_use = dict.fromkeys(("memory_allocated", "memory_reserved"), lambda *_: memory_in_use(here))
+    peak = dict.fromkeys(("max_memory_allocated", "max_memory_reserved"), lambda *_: peak_memory(here))
     return {**in_use, **peak, **dict.fromkeys(_NOTHING, lambda *_, **__: None), "get_device_properties": properties,
-            "get_device_name": lambda *_: device_name("cpu"), "get_device_capability": lambda *_: (0, 0),
+            "get_device_name": lambda *_: device_name(here), "get_device_capability": lambda *_: (0, 0),
             "current_device": lambda: 0}

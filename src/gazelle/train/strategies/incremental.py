@@ -3,6 +3,7 @@ weights are drawn back to what they were.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +145,18 @@ def replay_of(model: Any) -> Replay | None:
     return getattr(unwrap(model), "gazelle_replay", None)
 
 
-def with_replay(model: Any, encoded: Any) -> HoldOn | None:
-    """Add rows of earlier runs to a run's; returns what has to watch it, or None."""
+def with_replay(model: Any, encoded: Any, callbacks: Iterable[Any] = ()) -> HoldOn | None:
+    """Add rows of earlier runs to a run's; returns what has to watch it, or None.
+
+    Where `callbacks` hold one that does already, for rows that were encoded again, it learns of them.
+    """
     replay = replay_of(model)
     if replay is None or encoded is None:
         return None
     own = list(encoded.examples)
+    for callback in callbacks:
+        if isinstance(callback, HoldOn):
+            callback.own = own
     if replay.rows:
         encoded.examples += replay.rows
         logger.info("%d rows of %d earlier runs come again.", len(replay.rows), len(replay.tasks))
