@@ -177,15 +177,10 @@ def _chats(rows: list[Conversation], renderer: Renderer, tokenizer: Any, encoded
     rendered = [renderer.render(row) for row in rows]
     tokens = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True,
                        return_attention_mask=False, verbose=False)
-    # Special tokens that swallow the white space after them (Phi-3) do not report it in their offsets.
-    greedy = [number for number, token in tokenizer.added_tokens_decoder.items() if token.rstrip]
+    greedy = _greedy(tokenizer)
     for (_, spans), ids, offsets in zip(rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True):
         array = np.array(ids)
-        starts, ends = np.array(offsets).reshape(-1, 2).T
-        # Byte-level tokenizers leave a token's leading space out of its offsets: it starts where the last one ended.
-        before = np.concatenate(([0], ends[:-1]))
-        after_greedy = np.concatenate(([False], np.isin(array[:-1], greedy)))
-        starts = np.where(after_greedy, starts, np.minimum(starts, before))
+        starts, ends = _places(array, offsets, greedy)
         trained = np.full(len(ids), train_on == "all")
         for span in spans:
             trained |= (starts >= span.start) & (starts < span.end)
@@ -194,6 +189,20 @@ def _chats(rows: list[Conversation], renderer: Renderer, tokenizer: Any, encoded
         encoded.incomplete += not all(span.whole for span in spans)
         trained[:1] = False
         yield ids, np.where(trained, array, IGNORED).tolist(), spans
+
+
+def _greedy(tokenizer: Any) -> list[int]:
+    """Special tokens that swallow the white space after them (Phi-3), which they do not report in their offsets."""
+    return [number for number, token in tokenizer.added_tokens_decoder.items() if token.rstrip]
+
+
+def _places(ids: np.ndarray, offsets: list[tuple[int, int]], greedy: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Where tokens start and end in their text."""
+    starts, ends = np.array(offsets).reshape(-1, 2).T
+    # Byte-level tokenizers leave a token's leading space out of its offsets: it starts where the last one ended.
+    before = np.concatenate(([0], ends[:-1]))
+    after_greedy = np.concatenate(([False], np.isin(ids[:-1], greedy)))
+    return np.where(after_greedy, starts, np.minimum(starts, before)), ends
 
 
 def _keep_chat(ids: list[int], labels: list[int], where: str, encoded: Encoded) -> list[int]:
@@ -219,14 +228,15 @@ def _texts(rows: list[Conversation], tokenizer: Any,
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     texts: list[str] = [row.text or "" for row in rows]
     tokens = tokenizer(texts, return_attention_mask=False, return_offsets_mapping=answers is not None, verbose=False)
+    greedy = _greedy(tokenizer)
     for number, (row, ids) in enumerate(zip(rows, tokens["input_ids"], strict=True)):
         labels = ids
         if answers is not None:
-            starts, ends = np.array(tokens["offset_mapping"][number]).reshape(-1, 2).T
+            starts, ends = _places(np.array(ids), tokens["offset_mapping"][number], greedy)
             trained = np.zeros(len(ids), bool)
             for start, end in answers(row):
-                trained |= (starts >= start) & (starts < end) & (ends > starts)
-            if ids[-1:] == [eos] and len(ids) > 1 and starts[-1] == ends[-1]:  # one that the tokenizer put there
+                trained |= (starts >= start) & (starts < end)
+            if ids[-1:] == [eos] and len(ids) > 1 and ends[-1] == 0:  # one that the tokenizer put there
                 trained[-1] = trained[-2]
             labels = np.where(trained, ids, IGNORED).tolist()
         # Texts that scripts render with a chat template bring these tokens along; once is enough.
