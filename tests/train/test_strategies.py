@@ -293,8 +293,8 @@ def test_replay_and_the_pull_forget_less(make: Any, bytes_tokenizer: Any, tmp_pa
         if replay is not None:
             model.enable_incremental_tuning(**replay)
         options: dict[str, Any] = {"model": model, "learning_rate": 4e-3, "per_device_train_batch_size": 10}
-        make(task("mill"), max_steps=60, **options).train()
-        trainer = make(task("crate"), max_steps=30, evaluation=task("mill"), **options)
+        make(task("mill"), max_steps=50, **options).train()
+        trainer = make(task("crate"), max_steps=25, evaluation=task("mill"), **options)
         before = trainer.evaluate()["eval_loss"]
         trainer.train()
         return trainer.evaluate()["eval_loss"] - before
