@@ -50,6 +50,7 @@ def test_no_command_is_untested() -> None:
         "gazelle train my.yaml train.learning_rate=1e-4", "gazelle train my.yaml --print-recipe",
         "gazelle train my.yaml --resume",
         "gazelle chat out/lora", "gazelle export out/lora --to gguf:q4_k_m,q8_0", "gazelle doctor", "gazelle bench",
+        "gazelle run script.py",
         "gazelle plan SmolLM2-135M-Instruct.gguf --seq 512 --batch 8 --budget 3GB",
     }
 
@@ -104,6 +105,14 @@ def test_the_commands_of_a_recipe(
     assert main(["export", "out/lora", "--to", "gguf:q4_k_m,q8_0"]) == 0
     assert {path.name for path in Path("out/lora-gguf").iterdir()} == {"model-Q4_K_M.gguf", "model-Q8_0.gguf"}
     assert main(["doctor"]) == 0
+
+
+def test_a_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it may hold is told by the scripts in tests/scripts."""
+    monkeypatch.chdir(tmp_path)
+    Path("script.py").write_text("from unsloth import FastLanguageModel\nprint(FastLanguageModel.__module__)\n")
+    assert main(["run", "script.py"]) == 0
+    assert capsys.readouterr().out == "gazelle.facade.language_model\n"
 
 
 def console(command: str) -> str:

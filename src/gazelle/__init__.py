@@ -9,27 +9,49 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gazelle.base.device import is_bfloat16_supported
     from gazelle.base.errors import GazelleError, UserError
+    from gazelle.data.chat import apply_chat_template, get_chat_template
+    from gazelle.data.sharegpt import standardize_sharegpt, to_sharegpt
     from gazelle.facade.language_model import FastLanguageModel
+    from gazelle.facade.scripts.calls import add_new_tokens, unsloth_train
+    from gazelle.models.precision import MixedPrecisionConfig
     from gazelle.models.swap import accelerate, explain, restore
     from gazelle.train.config import SFTConfig
+    from gazelle.train.responses import train_on_responses_only
+    from gazelle.train.strategies.distillation import DistillationTrainer
+    from gazelle.train.strategies.order import CurriculumTrainer, DynamicSequenceLengthTrainer
+    from gazelle.train.strategies.profile import profile_io
     from gazelle.train.trainer import SFTTrainer
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "CurriculumTrainer": "gazelle.train.strategies.order",
+    "DistillationTrainer": "gazelle.train.strategies.distillation",
+    "DynamicSequenceLengthTrainer": "gazelle.train.strategies.order",
     "FastLanguageModel": "gazelle.facade.language_model",
     "GazelleError": "gazelle.base.errors",
+    "MixedPrecisionConfig": "gazelle.models.precision",
     "SFTConfig": "gazelle.train.config",
     "SFTTrainer": "gazelle.train.trainer",
     "UserError": "gazelle.base.errors",
     "accelerate": "gazelle.models.swap",
+    "add_new_tokens": "gazelle.facade.scripts.calls",
+    "apply_chat_template": "gazelle.data.chat",
     "explain": "gazelle.models.swap",
-    "restore": "gazelle.models.swap",
+    "get_chat_template": "gazelle.data.chat",
     "is_bfloat16_supported": "gazelle.base.device",
+    "profile_io": "gazelle.train.strategies.profile",
+    "restore": "gazelle.models.swap",
+    "standardize_sharegpt": "gazelle.data.sharegpt",
+    "to_sharegpt": "gazelle.data.sharegpt",
+    "train_on_responses_only": "gazelle.train.responses",
+    "unsloth_train": "gazelle.facade.scripts.calls",
 }
 
-__all__ = ["FastLanguageModel", "GazelleError", "SFTConfig", "SFTTrainer", "UserError", "__version__",
-           "accelerate", "explain", "is_bfloat16_supported", "restore"]
+__all__ = ["CurriculumTrainer", "DistillationTrainer", "DynamicSequenceLengthTrainer", "FastLanguageModel",
+           "GazelleError", "MixedPrecisionConfig", "SFTConfig", "SFTTrainer", "UserError", "__version__", "accelerate",
+           "add_new_tokens", "apply_chat_template", "explain", "get_chat_template", "is_bfloat16_supported",
+           "profile_io", "restore", "standardize_sharegpt", "to_sharegpt", "train_on_responses_only", "unsloth_train"]
 
 
 def __getattr__(name: str) -> object:

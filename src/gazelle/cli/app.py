@@ -42,6 +42,23 @@ def train(
                   overwrite=overwrite)
 
 
+@app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
+def run(
+    script: Annotated[Path, typer.Argument(help="Python file written for Unsloth or TRL.")],
+    arguments: Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="NAME=PATH: a folder or GGUF file in place of a hub name.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option("--dataset", help="NAME=PATH: a file or folder in place of a hub name.")
+    ] = None,
+) -> None:
+    """Run a script written for Unsloth or TRL, unchanged."""
+    from gazelle.cli.run import run_command
+
+    run_command(script, arguments or [], model or [], dataset or [])
+
+
 @app.command()
 def chat(
     model: Annotated[str, typer.Argument(help="Folder that training wrote, any checkpoint, or a GGUF file.")],

@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import re
 from array import array
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ from gazelle.data.spans import Renderer, Span
 IGNORED = -100  # the label that cross_entropy skips
 _BATCH = 512
 _CHECKED_ROWS = 2000
+AnswersOf = Callable[[Conversation], list[tuple[int, int]]]  # characters [start, end) that the model is to write
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +96,7 @@ class Encoded:
 
 def encode(conversations: Sequence[Conversation], tokenizer: Any, *, max_length: int,
            train_on: str = "responses", source: str = "", format: str = "",  # noqa: A002
-           unused: tuple[str, ...] = ()) -> Encoded:
+           unused: tuple[str, ...] = (), answers: AnswersOf | None = None) -> Encoded:
     """Render, tokenise and label `conversations`.
 
     Conversations are cut on the right at `max_length` tokens. Texts get the tokenizer's own first token, if it adds
@@ -105,6 +106,7 @@ def encode(conversations: Sequence[Conversation], tokenizer: Any, *, max_length:
         tokenizer: a fast Hugging Face tokenizer with an EOS token, and a chat template unless all rows are texts.
         train_on: "responses" labels what the assistant says with its end-of-turn token, "all" labels everything.
         source, format, unused: where the rows come from, and their columns that are not used, for the report.
+        answers: of a text, the characters that are labelled; left out, all are.
 
     Raises:
         OptionError: `max_length` below 2, or an unknown `train_on`.
@@ -120,7 +122,7 @@ def encode(conversations: Sequence[Conversation], tokenizer: Any, *, max_length:
         batch = conversations[first : first + _BATCH]
         chats = [row for row in batch if row.text is None]
         rendered = iter(_chats(chats, renderer, tokenizer, encoded, train_on) if renderer and chats else ())
-        texts = iter(_texts([row.text for row in batch if row.text is not None], tokenizer))
+        texts = iter(_texts([row for row in batch if row.text is not None], tokenizer, answers))
         compare: list[tuple[str, list[int], str]] = []
         for number, row in enumerate(batch, first):
             if row.text is None:
@@ -129,7 +131,7 @@ def encode(conversations: Sequence[Conversation], tokenizer: Any, *, max_length:
                     compare += [(span.prompt, ids, row.where) for span in spans]
                 needed += _keep_chat(ids, labels, row.where, encoded)
             else:
-                _keep_text(next(texts), row.where, encoded)
+                _keep_text(*next(texts), row.where, encoded)
             encoded.row_keys.append(_key(*(f"{turn.role}: {turn.content} {dict(turn.extra)}" for turn in row.turns),
                                          str(row.tools or ""), row.text or ""))
             encoded.prompt_keys.append(_key(plain) if (plain := _plain(prompt_text(row))) else encoded.row_keys[-1])
@@ -175,15 +177,10 @@ def _chats(rows: list[Conversation], renderer: Renderer, tokenizer: Any, encoded
     rendered = [renderer.render(row) for row in rows]
     tokens = tokenizer([text for text, _ in rendered], add_special_tokens=False, return_offsets_mapping=True,
                        return_attention_mask=False, verbose=False)
-    # Special tokens that swallow the white space after them (Phi-3) do not report it in their offsets.
-    greedy = [number for number, token in tokenizer.added_tokens_decoder.items() if token.rstrip]
+    greedy = _greedy(tokenizer)
     for (_, spans), ids, offsets in zip(rendered, tokens["input_ids"], tokens["offset_mapping"], strict=True):
         array = np.array(ids)
-        starts, ends = np.array(offsets).reshape(-1, 2).T
-        # Byte-level tokenizers leave a token's leading space out of its offsets: it starts where the last one ended.
-        before = np.concatenate(([0], ends[:-1]))
-        after_greedy = np.concatenate(([False], np.isin(array[:-1], greedy)))
-        starts = np.where(after_greedy, starts, np.minimum(starts, before))
+        starts, ends = _places(array, offsets, greedy)
         trained = np.full(len(ids), train_on == "all")
         for span in spans:
             trained |= (starts >= span.start) & (starts < span.end)
@@ -192,6 +189,20 @@ def _chats(rows: list[Conversation], renderer: Renderer, tokenizer: Any, encoded
         encoded.incomplete += not all(span.whole for span in spans)
         trained[:1] = False
         yield ids, np.where(trained, array, IGNORED).tolist(), spans
+
+
+def _greedy(tokenizer: Any) -> list[int]:
+    """Special tokens that swallow the white space after them (Phi-3), which they do not report in their offsets."""
+    return [number for number, token in tokenizer.added_tokens_decoder.items() if token.rstrip]
+
+
+def _places(ids: np.ndarray, offsets: list[tuple[int, int]], greedy: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """Where tokens start and end in their text."""
+    starts, ends = np.array(offsets).reshape(-1, 2).T
+    # Byte-level tokenizers leave a token's leading space out of its offsets: it starts where the last one ended.
+    before = np.concatenate(([0], ends[:-1]))
+    after_greedy = np.concatenate(([False], np.isin(ids[:-1], greedy)))
+    return np.where(after_greedy, starts, np.minimum(starts, before)), ends
 
 
 def _keep_chat(ids: list[int], labels: list[int], where: str, encoded: Encoded) -> list[int]:
@@ -209,25 +220,42 @@ def _keep_chat(ids: list[int], labels: list[int], where: str, encoded: Encoded) 
     return needed
 
 
-def _texts(texts: list[str], tokenizer: Any) -> Iterator[list[int]]:
-    if not texts:
+def _texts(rows: list[Conversation], tokenizer: Any,
+           answers: AnswersOf | None) -> Iterator[tuple[list[int], list[int]]]:
+    """Ids and labels of each text."""
+    if not rows:
         return
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    for text, ids in zip(texts, tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"], strict=True):
+    texts: list[str] = [row.text or "" for row in rows]
+    tokens = tokenizer(texts, return_attention_mask=False, return_offsets_mapping=answers is not None, verbose=False)
+    greedy = _greedy(tokenizer)
+    for number, (row, ids) in enumerate(zip(rows, tokens["input_ids"], strict=True)):
+        labels = ids
+        if answers is not None:
+            starts, ends = _places(np.array(ids), tokens["offset_mapping"][number], greedy)
+            trained = np.zeros(len(ids), bool)
+            for start, end in answers(row):
+                trained |= (starts >= start) & (starts < end)
+            if ids[-1:] == [eos] and len(ids) > 1 and ends[-1] == 0:  # one that the tokenizer put there
+                trained[-1] = trained[-2]
+            labels = np.where(trained, ids, IGNORED).tolist()
         # Texts that scripts render with a chat template bring these tokens along; once is enough.
         if bos is not None and ids[:2] == [bos, bos]:
-            ids = ids[1:]
-        yield ids if text.rstrip().endswith(tokenizer.eos_token) or ids[-1:] == [eos] else [*ids, eos]
+            ids, labels = ids[1:], labels[1:]
+        if not (texts[number].rstrip().endswith(tokenizer.eos_token) or ids[-1:] == [eos]):
+            ids, labels = [*ids, eos], [*labels, eos if labels[-1:] != [IGNORED] else IGNORED]
+        yield ids, labels
 
 
-def _keep_text(ids: list[int], where: str, encoded: Encoded) -> None:
+def _keep_text(ids: list[int], labels: list[int], where: str, encoded: Encoded) -> None:
     encoded.lengths.append(len(ids))
     encoded.chunked += len(ids) > encoded.max_length
-    encoded.unlabelled += len(ids) < 2
+    encoded.unlabelled += all(label == IGNORED for label in labels[1:])
     # Equal pieces: a short remainder would have next to nothing to be predicted from.
-    for piece in np.array_split(ids, -(-len(ids) // encoded.max_length)):
-        if len(piece) > 1:  # nothing predicts a token on its own
-            encoded.examples.append(Example(piece.tolist(), [IGNORED, *piece[1:].tolist()], where))
+    pieces = -(-len(ids) // encoded.max_length)
+    for piece, learnt in zip(np.array_split(ids, pieces), np.array_split(labels, pieces), strict=True):
+        if (learnt[1:] != IGNORED).any():  # nothing predicts a token on its own
+            encoded.examples.append(Example(piece.tolist(), [IGNORED, *learnt[1:].tolist()], where))
 
 
 def _compare(answers: list[tuple[str, list[int], str]], tokenizer: Any, encoded: Encoded) -> None:

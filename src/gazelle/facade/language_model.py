@@ -5,12 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 from gazelle.adapters.lora import add_lora
 from gazelle.adapters.tokens import resize_token_embeddings
+from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import log_to_terminal, say_once
 from gazelle.facade.exporting import loaded_tokenizer
 from gazelle.models.load import load_model
+from gazelle.models.precision import MixedPrecisionConfig, set_mixed_precision
 from gazelle.models.record import record_base
 from gazelle.models.save import save_merged
+from gazelle.train.ratio import set_ratio
+from gazelle.train.strategies.incremental import Replay
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -18,6 +22,29 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+# What scripts written for Unsloth pass, and why it means nothing here.
+_WITHOUT_EFFECT = {
+    "use_amd_optim": "kernels are chosen by the device that is there",
+    "rope_scaling": "max_seq_length stretches the model's positions where it has to",
+    "fix_tokenizer": "special tokens are always brought in line with the model",
+    "use_gradient_checkpointing": "pass it to get_peft_model or SFTConfig",
+    "resize_model_vocab": "call model.resize_token_embeddings(len(tokenizer))",
+    "random_state": "loading draws no random numbers; pass it to get_peft_model",
+    "use_exact_model_name": "names are always taken as they are",
+    "fast_inference": "there is no vLLM in the process; answers come from generate",
+    "gpu_memory_utilization": "it belongs to fast_inference; training has memory_budget in SFTConfig",
+    "float8_kv_cache": "it belongs to fast_inference",
+    "max_lora_rank": "it belongs to fast_inference",
+    "disable_log_stats": "it belongs to fast_inference",
+    "unsloth_vllm_standby": "it belongs to fast_inference",
+    "load_in_16bit": "it is what load_in_4bit=False means",
+    "offload_embedding": "the memory plan decides where the embedding lies",
+    "return_logits": "training never keeps logits",
+    "fullgraph": "nothing is compiled by torch",
+}
+_ENDS = ("embed_tokens", "lm_head")
 
 
 class FastLanguageModel:
@@ -55,7 +82,8 @@ class FastLanguageModel:
             device_map: one device, such as "cuda:0" or "cpu"; default: the best there is.
             revision: branch, tag or commit of a hub model.
             trust_remote_code: run Python code that comes with the checkpoint.
-            **options: names that other libraries take and that mean nothing here are refused with the nearest one.
+            **options: `attn_implementation`; names that scripts written for Unsloth pass and that mean nothing here
+                are taken with a line in the log, any other is refused with the nearest one.
 
         Returns:
             The model, in inference mode of its cache and ready for `get_peft_model`, and its tokenizer.
@@ -64,6 +92,9 @@ class FastLanguageModel:
             UserError: naming what was found, what was expected and what to do, before any weight is loaded.
         """
         log_to_terminal()
+        for name in [name for name in options if name in _WITHOUT_EFFECT]:
+            del options[name]
+            say_once(f"from_pretrained({name}=…) has no effect: {_WITHOUT_EFFECT[name]}")
         model, tokenizer = load_model(
             model_name, max_seq_length=max_seq_length, dtype=dtype, torch_dtype=torch_dtype,
             load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit, full_finetuning=full_finetuning,
@@ -96,6 +127,7 @@ class FastLanguageModel:
             model: from `from_pretrained`, or any Hugging Face causal model.
             r: rank.
             target_modules: names of linear layers, in the fused or the split spelling; default: all but the head.
+                embed_tokens and lm_head in a list are trained in full, as in `modules_to_save`.
             lora_alpha: the adapter is scaled by `lora_alpha / r`, or by `lora_alpha / sqrt(r)` with `use_rslora`.
             lora_dropout: dropout on the adapter's input.
             bias: "none", "all" or "lora_only".
@@ -116,12 +148,18 @@ class FastLanguageModel:
         log_to_terminal()
         if max_seq_length is not None and max_seq_length != getattr(model, "max_seq_length", max_seq_length):
             say_once(f"get_peft_model(max_seq_length={max_seq_length}) has no effect: pass it to from_pretrained")
+        target_modules, modules_to_save = _ends_in_full(target_modules, modules_to_save)
         return bind(add_lora(
             model, r=r, target_modules=target_modules, lora_alpha=lora_alpha, lora_dropout=lora_dropout, bias=bias,
             use_gradient_checkpointing=use_gradient_checkpointing, random_state=random_state, use_rslora=use_rslora,
             loftq_config=loftq_config, layers_to_transform=layers_to_transform, modules_to_save=modules_to_save,
             use_dora=use_dora, **options,
         ))
+
+    @staticmethod
+    def set_mixed_precision(model: "PreTrainedModel", config: MixedPrecisionConfig) -> "PreTrainedModel":
+        """Keep a model's parts in the types that `config` names. Returns the same model."""
+        return set_mixed_precision(model, config)
 
     @staticmethod
     def for_inference(model: "PreTrainedModel") -> "PreTrainedModel":
@@ -140,13 +178,65 @@ class FastLanguageModel:
         return model.train()
 
 
+def _ends_in_full(targets: list[str] | str | None, saved: list[str] | None) -> tuple[Any, list[str] | None]:
+    """Scripts for continued pretraining list the embedding and the head among the targets, to train them in full."""
+    if not isinstance(targets, list | tuple) or not (ends := [name for name in targets if name in _ENDS]):
+        return targets, saved
+    say_once(f"{' and '.join(ends)} among target_modules: trained in full and saved with the adapter")
+    return [name for name in targets if name not in _ENDS], list(dict.fromkeys([*(saved or ()), *ends]))
+
+
 def bind(model: Any) -> Any:
     """Give a model object the methods that people call on it. Nothing but this one object changes."""
     model.save_pretrained = types.MethodType(_save_pretrained, model)
     model.save_pretrained_gguf = types.MethodType(_save_pretrained_gguf, model)
     model.save_pretrained_merged = types.MethodType(_save_pretrained_merged, model)
     model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
+    model.gradient_checkpointing_enable = types.MethodType(_gradient_checkpointing_enable, model)
+    model.enable_incremental_tuning = types.MethodType(_enable_incremental_tuning, model)
     return model
+
+
+def _gradient_checkpointing_enable(
+    self: "PreTrainedModel",
+    gradient_checkpointing_kwargs: dict[str, Any] | None = None,
+    checkpoint_ratio: float | None = None,
+    exclude_layers: list[str | int] | None = None,
+    **options: Any,
+) -> None:
+    """As in transformers; or, with a ratio, make that share of the layers again and let the others keep everything.
+
+    Args:
+        gradient_checkpointing_kwargs: as in transformers.
+        checkpoint_ratio: from 0 to 1, for a model that runs on the engine; the trainer's memory plan carries it out.
+        exclude_layers: names or numbers of layers that keep everything.
+        **options: as in transformers.
+    """
+    if checkpoint_ratio is not None:
+        set_ratio(self, checkpoint_ratio, exclude_layers or ())
+        return
+    base = unwrap(self)
+    type(base).gradient_checkpointing_enable(base, gradient_checkpointing_kwargs, **options)
+
+
+def _enable_incremental_tuning(
+    self: "PreTrainedModel",
+    memory_size: int = 1000,
+    replay_strategy: str = "balanced",
+    regularization: float = 0.01,
+    memory: str | None = None,
+) -> None:
+    """Train on one task after another without forgetting the first: each run replays rows of those before it.
+
+    A run writes what it remembers to `replay.json` in its output folder, when it ends.
+
+    Args:
+        memory_size: rows kept at most.
+        replay_strategy: "balanced", as many rows of every run; "random"; or "recent", the last run's.
+        regularization: weight of the pull towards the weights before the run, from the second run on.
+        memory: an earlier run's folder, to go on from in a new process.
+    """
+    unwrap(self).gazelle_replay = Replay(memory_size, replay_strategy, regularization, memory)
 
 
 def _save_pretrained(self: "PreTrainedModel", save_directory: str, *args: Any, save_format: str = "safetensors",

@@ -27,6 +27,11 @@ class Checkpoint:
     adapter: dict[str, Any] | None = None
 
 
+def resolve(model_name: str) -> str:
+    """What a name stands for: itself, unless `models.stand_ins` is in force."""
+    return model_name
+
+
 def find_checkpoint(model_name: str, *, revision: str | None = None, token: str | None = None,
                     trust_remote_code: bool = False, cache_dir: str | None = None,
                     local_files_only: bool = False, weights: bool = True) -> Checkpoint:
@@ -37,6 +42,7 @@ def find_checkpoint(model_name: str, *, revision: str | None = None, token: str 
     Raises:
         ModelError: nothing is there, or what is there cannot be loaded.
     """
+    model_name = resolve(model_name)
     path = Path(model_name).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         path = path.resolve()

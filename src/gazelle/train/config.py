@@ -1,6 +1,7 @@
 """`SFTConfig`: transformers' TrainingArguments and what fine-tuning adds, with the older names still taken."""
 
 import dataclasses
+from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -85,6 +86,12 @@ class _SFTArguments(TrainingArguments):
     chat_template: str | None = field(
         default=None, metadata={"help": "Name of a shipped template; default: the tokenizer's own."}
     )
+    embedding_learning_rate: float | None = field(
+        default=None, metadata={"help": "Rate of embedding and head, where they are trained. Default: learning_rate."}
+    )
+    loraplus_lr_ratio: float | None = field(
+        default=None, metadata={"help": "LoRA+: the rate of B is this many times that of A, such as 16."}
+    )
     engine: bool = field(
         default=True, metadata={"help": "Run the decoder layers on gazelle's engine, where it knows the family."}
     )
@@ -152,13 +159,14 @@ def fit_to_cpu(config: Any) -> None:
     config.dataloader_pin_memory = False
 
 
-def current_names(options: dict[str, Any]) -> dict[str, Any]:
-    """`options` under the names of today.
+def current_names(options: dict[str, Any], known: Set[str] | None = None) -> dict[str, Any]:
+    """`options` under the names of today; `known` are those of another class than `SFTConfig`.
 
     Raises:
         OptionError: when a name is unknown, or given in both spellings.
     """
-    known = {option.name for option in dataclasses.fields(_SFTArguments) if option.init}
+    if known is None:
+        known = {option.name for option in dataclasses.fields(_SFTArguments) if option.init}
     current: dict[str, Any] = {}
     if options.get("warmup_steps") == 0 and "warmup_ratio" in options:
         options = {name: value for name, value in options.items() if name != "warmup_steps"}
@@ -206,6 +214,15 @@ def check_values(config: Any) -> None:
     for name in counts:
         _check(name, getattr(config, name), "a whole number of at least 1", lambda v: isinstance(v, int) and v >= 1)
     _check("learning_rate", config.learning_rate, "a number above 0", lambda v: isinstance(v, int | float) and v > 0)
+    for name in ("embedding_learning_rate", "loraplus_lr_ratio"):
+        if getattr(config, name) is not None:
+            _check(name, getattr(config, name), "a number above 0", lambda v: isinstance(v, int | float) and v > 0)
+    by_shape = "galore", "apollo", "lomo", "layerwise", "muon", "grokadamw"
+    if any(kind in optimizer_name(config) for kind in by_shape) and (
+            config.embedding_learning_rate or config.loraplus_lr_ratio):
+        raise OptionError("this optimizer takes one learning rate", where="optim", found=optimizer_name(config),
+                          expected="adamw_torch, adamw_8bit or another of that kind",
+                          fix="leave embedding_learning_rate and loraplus_lr_ratio out, or choose another optim")
     _check("num_train_epochs", config.num_train_epochs, "a number above 0",
            lambda v: isinstance(v, int | float) and (v > 0 or config.max_steps > 0))
     _check("max_steps", config.max_steps, "-1 (count epochs) or at least 1",

@@ -1,11 +1,14 @@
 """The optimizer over trained parameters laid end to end, where it treats every number by itself."""
 
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from torch import nn
 
+from gazelle.base.errors import OptionError
 from gazelle.engine.flat import FlatParameters
 from gazelle.models.swap import add_gradients_in_place
+from gazelle.train.config import SFTConfig
 
 # Optimizers that look at one number at a time. Others (Adafactor, Muon, GaLore, ...) need a parameter's shape.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit",
@@ -21,23 +24,58 @@ def can_flatten(model: nn.Module, optim: str) -> bool:
     return optim in ELEMENTWISE and len(kinds) == 1 and sum(parameter.nbytes for parameter in trained) <= MOST_BYTES
 
 
-def flatten(model: nn.Module, decayed: list[str],
-            weight_decay: float) -> tuple[list[FlatParameters], list[dict[str, Any]]]:
-    """The trained parameters as flat buffers, and parameter groups of an optimizer over them.
+def learning_rates(model: nn.Module, args: SFTConfig) -> dict[str, float]:
+    """Parameters that are trained at another rate than `learning_rate`, by name.
+
+    Embedding and head, whole or by the rows of new tokens, at `embedding_learning_rate`; the factors B of LoRA at
+    `loraplus_lr_ratio` times the rate of A (LoRA+, https://arxiv.org/abs/2402.12354).
+
+    Raises:
+        OptionError: one of them is given and nothing is trained that it applies to.
+    """
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ends = [name for name in trained if {"embed_tokens", "lm_head"} & set(name.split("."))]
+    rates: dict[str, float] = {}
+    for option, names, rate in (
+        ("loraplus_lr_ratio", [name for name in trained if {"lora_B", "lora_embedding_B"} & set(name.split("."))],
+         args.learning_rate * (args.loraplus_lr_ratio or 0)),
+        ("embedding_learning_rate", ends, args.embedding_learning_rate or 0),
+    ):
+        if getattr(args, option, None) is None:
+            continue
+        if not names:
+            raise OptionError("a learning rate for what is not trained", where=option, found=str(getattr(args, option)),
+                              expected="an adapter of LoRA" if option == "loraplus_lr_ratio" else
+                              'target_modules or modules_to_save with "embed_tokens" or "lm_head", or new tokens',
+                              fix=f"leave {option} out, or train it")
+        rates |= dict.fromkeys(names, rate)
+    return rates
+
+
+def grouped(model: nn.Module, decayed: Collection[str], weight_decay: float,
+            rates: Mapping[str, float]) -> list[dict[str, Any]]:
+    """The trained parameters as groups of an optimizer: with and without weight decay, a group for each rate.
 
     Args:
-        model: whose trained parameters move.
+        model: whose parameters they are.
         decayed: names of parameters that weight decay applies to.
         weight_decay: theirs.
+        rates: parameters with a learning rate of their own; the others get the optimizer's, and come first.
     """
-    flats, groups = [], []
-    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    for decay in (True, False):
-        members = [parameter for name, parameter in trained if (name in decayed) == decay]
-        if members:
-            flats.append(FlatParameters(members))
-            groups.append({"params": [flats[-1].values], "weight_decay": weight_decay if decay else 0.0})
-    return flats, groups
+    members: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            members.setdefault((rates.get(name), name in decayed), []).append(parameter)
+    order = sorted(members, key=lambda key: (key[0] is not None, key[0] or 0.0, not key[1]))
+    return [{"params": members[rate, decay], "weight_decay": weight_decay if decay else 0.0}
+            | ({} if rate is None else {"lr": rate}) for rate, decay in order]
+
+
+def flatten(groups: Iterable[dict[str, Any]]) -> tuple[list[FlatParameters], list[dict[str, Any]]]:
+    """The parameters of each group in one flat buffer, and the groups over these buffers."""
+    groups = list(groups)
+    flats = [FlatParameters(group["params"]) for group in groups]
+    return flats, [group | {"params": [flat.values]} for group, flat in zip(groups, flats, strict=True)]
 
 
 class HeldGradients:

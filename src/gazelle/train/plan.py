@@ -27,6 +27,7 @@ from gazelle.models.streamed import can_stream, weights_streamed
 from gazelle.models.swap import runs_on_engine, swapped_layers
 from gazelle.train.config import SFTConfig, optimizer_name
 from gazelle.train.memory import largest_batch
+from gazelle.train.ratio import only_these, plan_for, ratio_of
 from gazelle.train.stopwatch import Stopwatch
 
 RESERVE = 0.05  # of free memory: what the allocator cannot hand out in one piece, and libraries' own workspaces
@@ -243,9 +244,13 @@ def plan_outline(model: Any, batch: Batch, device: torch.device, *, optim: str, 
     streams = host and can_stream(model) and stored != "int8"
     bytes_ = budget_of(budget, device)
     rates = _rates(model, outline, batch, device, precision) if measured else None
+    ratio = ratio_of(model)
     try:
-        plan = make_plan(outline, batch, bytes_, rates, host=host, allowed=allowed, streams=streams,
-                         host_memory=host_memory)
+        if ratio is None:
+            plan = make_plan(outline, batch, bytes_, rates, host=host, allowed=allowed, streams=streams,
+                             host_memory=host_memory)
+        else:
+            plan, allowed = plan_for(ratio, outline, batch, bytes_), only_these
     except TooSmallError as error:
         raise too_small(error, bytes_, budget is not None) from None
     return RunPlan(plan, outline, batch, rates, allowed, host, streams, host_memory)

@@ -6,11 +6,12 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gazelle.base.errors import DataError
-from gazelle.base.log import say_once
+from gazelle.base.errors import DataError, UserError
+from gazelle.base.log import logger, say_once
 from gazelle.data.conversation import Conversation
 from gazelle.data.encode import Encoded, Example, encode
-from gazelle.data.load import load_conversations
+from gazelle.data.headers import Headers, ResponseSpans
+from gazelle.data.load import Loaded, load_conversations
 from gazelle.data.report import DataReport, data_report
 from gazelle.data.templates import ensure_template
 from gazelle.models.context import fit_context
@@ -19,13 +20,21 @@ from gazelle.train.config import SFTConfig
 
 @dataclass
 class Prepared:
-    """What the trainer needs of the data. `conversations` are the evaluation rows if there are any, else training's."""
+    """What the trainer needs of the data.
+
+    Attributes:
+        conversations: the evaluation rows if there are any, else training's.
+        sources: training data, evaluation data and formatting function, as they were passed.
+        headers: what answers in texts were told by; None where texts are learnt throughout.
+    """
 
     train: Encoded | None
     eval: Encoded | dict[str, Encoded] | None
     report: DataReport | None
     max_length: int
     conversations: list[Conversation] = field(default_factory=list)
+    sources: tuple[Any, Any, Any] = (None, None, None)
+    headers: Headers | None = None
 
 
 def prepare(
@@ -52,8 +61,12 @@ def encode_rows(
     train_dataset: Any,
     eval_dataset: Any,
     formatting_func: Callable[[Any], Any] | None = None,
+    headers: Headers | None = None,
 ) -> Prepared:
-    """`prepare` without a model: its tokenizer and `config.max_length` (which must be set) are all it takes."""
+    """`prepare` without a model: its tokenizer and `config.max_length` (which must be set) are all it takes.
+
+    With `headers`, of rows that are texts only what stands behind an answer's header is learnt.
+    """
     max_length = config.max_length
     if max_length is None:
         raise ValueError("encode_rows needs config.max_length")
@@ -71,8 +84,11 @@ def encode_rows(
         if config.chat_template or any(chat.text is None for chat in loaded.conversations):
             ensure_template(tokenizer, model_type, config.chat_template)  # raw text needs none, base models have none
         conversations[:] = loaded.conversations
+        answers = None
+        if headers is not None and all(chat.text is not None for chat in loaded.conversations):
+            answers = ResponseSpans(headers, tokenizer, _turns_beside(source, loaded, split, config))
         return encode(loaded.conversations, tokenizer, max_length=max_length, train_on=config.train_on,
-                      source=loaded.source, format=loaded.format, unused=loaded.unused)
+                      source=loaded.source, format=loaded.format, unused=loaded.unused, answers=answers)
 
     train = None if train_dataset is None else encoded(train_dataset, "train")
     evaluation: Encoded | dict[str, Encoded] | None = None
@@ -82,7 +98,21 @@ def encode_rows(
         evaluation = encoded(eval_dataset, "eval")
     first_eval = next(iter(evaluation.values())) if isinstance(evaluation, dict) else evaluation
     report = data_report(train, first_eval) if train is not None else None
-    return Prepared(train, evaluation, report, max_length, conversations)
+    sources = (train_dataset, eval_dataset, formatting_func)
+    return Prepared(train, evaluation, report, max_length, conversations, sources, headers)
+
+
+def _turns_beside(source: Any, loaded: Loaded, split: str, config: SFTConfig) -> dict[str, Conversation]:
+    """The turns that lie in columns beside a text, by where the row was read; nothing where there are none."""
+    if not loaded.unused:
+        return {}
+    try:
+        beside = load_conversations(source, columns=_columns(config), split=split, system=config.system,
+                                    token=config.hub_token)
+    except UserError as error:
+        logger.debug("no turns beside the texts: %s", error)
+        return {}
+    return {chat.where: chat for chat in beside.conversations if chat.text is None}
 
 
 def row_limit(model: PreTrainedModel, config: SFTConfig) -> int:

@@ -37,7 +37,7 @@ from gazelle.train.dataset import Bins, Collator, DictRows, rows_as_dataset
 from gazelle.train.facts import run_facts
 from gazelle.train.loss import batch_loss, loss_sums
 from gazelle.train.memory import choose_checkpointing
-from gazelle.train.optimizer import can_flatten, flatten
+from gazelle.train.optimizer import can_flatten, flatten, grouped, learning_rates
 from gazelle.train.plan import RunPlan, Window, plan_run
 from gazelle.train.prepare import Prepared, encode_rows, prepare
 from gazelle.train.progress import Progress
@@ -46,6 +46,8 @@ from gazelle.train.samples import Sample, answer_samples, pick_samples
 from gazelle.train.setup import check_together, match_precision, move_without_waiting
 from gazelle.train.step import GraphedStep, refuses_graph
 from gazelle.train.stopwatch import Stopwatch
+from gazelle.train.strategies.batching import enable_dynamic_batching
+from gazelle.train.strategies.incremental import with_replay
 from gazelle.train.surviving import SurvivingTrainer
 
 if TYPE_CHECKING:
@@ -108,6 +110,7 @@ class SFTTrainer(SurvivingTrainer):
             accelerate(model, precision="fp8" if config.precision == "fp8" else "auto")
         self.prepared: Prepared = prepare(model, tokenizer, config, train_dataset, eval_dataset, formatting_func)
         stop_at_end_of_turn(model, tokenizer)
+        replayed = with_replay(model, self.prepared.train)
 
         self._own_collator = data_collator
         refusal = "NEFTune's noise is scaled by the length of a padded row" if config.neftune_noise_alpha else None
@@ -158,6 +161,8 @@ class SFTTrainer(SurvivingTrainer):
         if not config.disable_tqdm and self.prepared.report is not None:
             self._progress = Progress(self.prepared.report)
             self.add_callback(self._progress)
+        if replayed is not None:
+            self.add_callback(replayed)
         self.guard(config)
         self._stopwatch = Stopwatch(self.args.device, lambda: self.tokens, lambda: self.evaluating)
         self.add_callback(self._stopwatch)
@@ -212,6 +217,11 @@ class SFTTrainer(SurvivingTrainer):
             write_report(config, run_facts(self), self.prepared.report, self.samples)
         return result
 
+    def enable_dynamic_batching(self, max_batch_size: int = 8, timeout: float | None = None,
+                                max_tokens: int | None = None) -> None:
+        """Batches of as many rows as a budget of tokens takes: see `train.strategies.batching`."""
+        enable_dynamic_batching(self, max_batch_size, timeout, max_tokens)
+
     def rolled_back(self) -> None:
         super().rolled_back()
         if self._progress is not None:
@@ -231,14 +241,16 @@ class SFTTrainer(SurvivingTrainer):
         """As the base class does; trained parameters lie end to end where the optimizer takes numbers one by one."""
         target = self.model if model is None else model
         name = optimizer_name(self.args)
+        rates = learning_rates(target, self._config)
         layout = self._checkpoints.layout(self._checkpoints.resumed)
         flat = self.args.world_size == 1 and can_flatten(target, name) and layout != "parameters"
-        if self.optimizer is None and flat:
-            decayed = self.get_decay_parameter_names(target)
-            flats, groups = flatten(target, decayed, self.args.weight_decay)
+        if self.optimizer is None and (flat or rates):
             kind, options = self.get_optimizer_cls_and_kwargs(self.args, target)
+            groups = grouped(target, self.get_decay_parameter_names(target), self.args.weight_decay, rates)
+            if flat:
+                flats, groups = flatten(groups)
             self.optimizer = kind(groups, **options)
-            self._held.hold(flats)
+            self._held.hold(flats if flat else [])
         return super().create_optimizer(model)
 
     def training_step(self, model: torch.nn.Module, inputs: dict[str, Any],
@@ -335,7 +347,8 @@ class SFTTrainer(SurvivingTrainer):
 
     def _encode(self, source: Any) -> Any:
         """Evaluation rows that came after the trainer was made."""
-        return encode_rows(self.processing_class, self.model.config.model_type, self._config, None, source).eval
+        return encode_rows(self.processing_class, self.model.config.model_type, self._config, None, source,
+                           headers=self.prepared.headers).eval
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Six a weight and token, without counting the weights again at every step."""
