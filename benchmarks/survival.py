@@ -164,7 +164,9 @@ def kill_savers(count: int, generator: random.Random, folder: Path) -> dict[str,
     reported = 0
     while found["kills"] < count:
         want_inside = found["inside a save"] * 2 < count
-        outcome = killed(save_forever, folder, want_inside, generator, 0.1)
+        outcome = killed(save_forever, folder, want_inside, generator, 0.2)
+        if outcome["exit"] is not None:
+            raise SystemExit("a process that only saves ended by itself")
         found["kills"] += outcome["killed"]
         found["inside a save"] += outcome["killed"] and outcome["inside"]
         reported = max(reported, outcome["reported"])

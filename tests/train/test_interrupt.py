@@ -67,6 +67,9 @@ def test_it_saves_stops_and_goes_on(number: int, code: int, quick: Make, caplog:
     again.train(resume_from_checkpoint=True)
     assert weights_hash(again.model) == weights_hash(whole.model)
     assert handlers() == before
+    over = quick(**options)
+    over.train(resume_from_checkpoint=True)  # nothing is left to do
+    assert over.state.global_step == 5 and weights_hash(over.model) == weights_hash(whole.model)
 
 
 def test_a_second_one_stops_at_once(quick: Make) -> None:

@@ -26,6 +26,7 @@ from transformers import (
 
 from gazelle import SFTConfig, SFTTrainer
 from gazelle.base.errors import OptionError
+from gazelle.train.checkpoint import SLACK
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DATA = [row | {"input": f"number {number}"} for number, row in enumerate((ROWS * 2)[:10])]
@@ -118,7 +119,7 @@ def test_resuming_is_exact(kind: str, packing: bool, accumulation: int, run: Run
         assert run.trainer._checkpoints.resumed == tmp_path / str(cut) / f"checkpoint-{cut}"
 
 
-@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "lion_8bit", "adafactor", "sgd", "adamw_torch"])
+@pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd", "adamw_torch"])
 def test_every_kind_of_optimizer(optim: str, run: Run, bytes_tokenizer: PreTrainedTokenizerBase,
                                  tmp_path: Path) -> None:
     """Also where logging, evaluation and saving fall on different steps, with a schedule that watches the loss."""
@@ -143,6 +144,9 @@ def test_every_kind_of_optimizer(optim: str, run: Run, bytes_tokenizer: PreTrain
     assert {"optimizer.json", "scheduler.json", "process-0.safetensors", "run.json", "manifest.json"} <= files
     layout = json.loads((tmp_path / "cut" / "checkpoint-2" / "optimizer.json").read_text())["layout"]
     assert layout == ("parameters" if optim == "adafactor" else "flat")
+    if optim == "adamw_8bit":  # what is asked for before there is a checkpoint to go by
+        before, written = run.trainer._checkpoints._needed(tmp_path), tmp_path / "cut" / "checkpoint-2"
+        assert 0 <= before - SLACK < sum(path.stat().st_size for path in written.iterdir()) < before
 
 
 def test_what_the_adapter_does_not_hold_comes_back_too(run: Run, bytes_tokenizer: PreTrainedTokenizerBase,

@@ -74,7 +74,7 @@ def same(ours: Any, theirs: Any) -> bool:
     return torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), -float("inf")])
 @pytest.mark.parametrize("max_grad_norm", [1.0, 0.0])
 @pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])  # gradients laid end to end, and not
 def test_the_step_is_skipped(any_precision: Make, optim: str, max_grad_norm: float, value: float,

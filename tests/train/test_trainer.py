@@ -305,7 +305,7 @@ def test_a_line_cut_short_does_not_stop_a_resume(
         SFTTrainer(other, args, ROWS, None, demo_tokenizer).train(resume_from_checkpoint=True)
     (tmp_path / "checkpoint-3" / "trainer_state.json").write_text("{")
     with pytest.raises(OptionError, match="not a checkpoint"):
-        SFTTrainer(tiny(), args, ROWS, None, demo_tokenizer).train(resume_from_checkpoint=True)
+        SFTTrainer(tiny(), args, ROWS, None, demo_tokenizer).train(str(tmp_path / "checkpoint-3"))
 
 
 def test_generation_stops_where_the_template_ends_a_turn(

@@ -270,9 +270,8 @@ class Checkpoints(TrainerCallback):
                 return size_of(path)
         adapted = hasattr(self.trainer.model, "peft_config")
         weights = sum(p.nbytes for p in self.trainer.model.parameters() if p.requires_grad or not adapted)
-        return SLACK + weights + sum(
-            value.nbytes for state in self.trainer.optimizer.state_dict()["state"].values()
-            for value in state.values() if isinstance(value, torch.Tensor))
+        state = [value for values in self.trainer.optimizer.state.values() for value in values.values()]
+        return SLACK + weights + sum(value.nbytes for value in state if isinstance(value, torch.Tensor))
 
     def _exportable(self) -> dict[str, list[Any]]:
         return _by_name(item for item in [*self.trainer.callback_handler.callbacks, self.trainer.control]

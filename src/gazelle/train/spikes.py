@@ -66,7 +66,7 @@ class Spikes(TrainerCallback):
         self.last, self.names = "", list[str]()
         self.in_a_row = 0
         self.leave_out = 0  # steps up to this one, after rolling back
-        self.norm: Any = None  # of the step's gradient, before clipping
+        self.norm: Any = 0.0  # of the step's gradient, before clipping
         self._loss: Any = 0.0
         self._found: list[str] | None = None
         self._unheard: tuple[int, Any] | None = None  # a step, and its norm, loss and whether it was undone
@@ -83,7 +83,7 @@ class Spikes(TrainerCallback):
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """The first micro-batch comes next."""
-        self._loss, self.norm, self._found = 0.0, None, None
+        self._loss, self.norm, self._found = 0.0, 0.0, None
 
     def add_loss(self, loss: Tensor) -> None:
         """A micro-batch's share of the step's loss."""
@@ -109,8 +109,7 @@ class Spikes(TrainerCallback):
             _drop(optimizer)
             return
         most_norm, most_loss = self.limits(args.max_grad_norm)
-        norm = torch.as_tensor(0.0 if self.norm is None else self.norm, dtype=torch.float32)
-        loss = torch.as_tensor(self._loss, dtype=torch.float32, device=norm.device)
+        norm, loss = _scalar(self.norm, self.device), _scalar(self._loss, self.device)
         if self.late:
             bad = ~((norm <= most_norm) & (loss <= most_loss))
             undo_on_device(_inner(optimizer), bad)
@@ -131,7 +130,8 @@ class Spikes(TrainerCallback):
             self._hear(args)
         finally:
             self.policy = policy
-        _inner(optimizer).__dict__.pop("found_inf", None)
+        for name in ("found_inf", "grad_scale"):
+            _inner(optimizer).__dict__.pop(name, None)
 
     def limits(self, max_grad_norm: float) -> tuple[float, float]:
         """The largest norm and loss that are no spike. What clipping leaves as it is never is one."""
@@ -188,7 +188,7 @@ class Spikes(TrainerCallback):
                 ', or train with precision="bf16"' if self.precision in ("fp8", "fp16") else "")
             raise TrainingError(what, where=self.names[0] if self.names else f"step {step}",
                                 found=f"{self.last}; precision {self.precision}, learning rate {args.learning_rate:g}",
-                                expected="finite gradients" if not finite else f"on_spike={self.policy!r} to allow it",
+                                expected="a step like those before" if finite else "finite gradients",
                                 fix=f"{fix}, and resume from {self.checkpoint()}" if self.checkpoint() else fix)
         if self.policy == "rollback" and self.checkpoint() is not None:
             self._roll_back(step)
@@ -234,6 +234,13 @@ def undo_on_device(optimizer: Any, bad: Tensor) -> None:
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad.masked_fill_(bad, 0.0)
+
+
+def _scalar(value: Any, device: torch.device) -> Tensor:
+    """A number as a tensor on the device, where it is made: sent there, it would be waited for."""
+    if isinstance(value, Tensor):
+        return value.detach().float().reshape(()).to(device)
+    return torch.full((), float(value), device=device)
 
 
 def _inner(optimizer: Any) -> Any:

@@ -78,6 +78,12 @@ class SurvivingTrainer(Trainer):
         """Training is about to go on from an earlier step."""
         self._metrics.begun = False  # lines after that step are dropped
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True  # the base class would look only after one step more
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         self._checkpoints.save(trial)
 

@@ -321,7 +321,8 @@ class SFTTrainer(SurvivingTrainer):
             sums = loss_sums(self.model, batches, self.compute_loss_context_manager)
         total_sum, count = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").tolist()
         seconds = time.perf_counter() - started
-        metrics = {f"{metric_key_prefix}_loss": total_sum / max(count, 1.0), f"{metric_key_prefix}_runtime": seconds}
+        mean = total_sum / count if count else float("nan")
+        metrics = {f"{metric_key_prefix}_loss": mean, f"{metric_key_prefix}_runtime": seconds}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
         # Time spent here does not count against the throughput of training.
