@@ -155,6 +155,24 @@ def test_the_adapters_choice_counts_where_the_run_makes_none(quick: Make, bytes_
     assert kept(use_gradient_checkpointing=False) == [KEEP] * 3
 
 
+def test_a_frozen_embedding_wants_no_gradient(quick: Make, bytes_tokenizer: PreTrainedTokenizerBase) -> None:
+    """Though PEFT's preparation for quantised models asks for one: the same run, and the hook is there again."""
+    runs, wanted = [], []
+    for asked in (False, True):
+        model = small_llama(bytes_tokenizer, adapter=False)
+        model = FastLanguageModel.get_peft_model(model, r=4, layers_to_transform=[1, 2])
+        if asked:
+            model.enable_input_require_grads()
+        embedding = model.get_input_embeddings()
+        embedding.register_forward_hook(lambda *call: wanted.append(call[-1].requires_grad))
+        runs.append(quick(model))
+        wanted.clear()
+        runs[-1].train()
+        assert wanted and not any(wanted)
+    assert_same_run(*runs)
+    assert runs[1].model.get_input_embeddings()(torch.tensor([1])).requires_grad
+
+
 def test_a_budget_decides_what_is_kept(quick: Make) -> None:
     whole = quick()
     assert whole.plan is not None

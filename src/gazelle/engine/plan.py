@@ -256,18 +256,15 @@ class _Draft:
         costs = [round(self._cost(keep) * 1e12) for keep in keeps]
         prints = {kind: [footprint(kind, keep, self.batch.tokens, outline.itemsize) for keep in keeps]
                   for kind in set(outline.layers)}
-        # The final norm keeps the output of the last layer.
-        outputs = [0] * (len(outline.layers) - 1) + [self.stream]
         sent = self._sent(keeps)
 
-        def needs(one: Footprint, output: int, cost: int) -> Option:
+        def needs(one: Footprint, cost: int) -> Option:
             # While a layer computes, what the one below sent is on its way, there or back; its own footprint counts as
             # much as it sends itself.
             more = sent - one.parked
-            return Option(one.kept, one.forward + self.stream + more, one.backward + output + more, cost)
+            return Option(one.kept, one.forward + self.stream + more, one.backward + more, cost)
 
-        return [[needs(one, output, cost) for one, cost in zip(prints[kind], costs, strict=True)]
-                for kind, output in zip(outline.layers, outputs, strict=True)]
+        return [[needs(one, cost) for one, cost in zip(prints[kind], costs, strict=True)] for kind in outline.layers]
 
     def _cost(self, keep: Keep) -> float:
         """Seconds that a choice costs a layer, above keeping everything."""

@@ -22,6 +22,7 @@ from gazelle.engine.outline import Batch, Outline
 from gazelle.engine.plan import Plan, Rates, TooSmallError, make_plan
 from gazelle.engine.probe import probe
 from gazelle.models.host_embedding import embedding_on_host
+from gazelle.models.modes import frozen_inputs
 from gazelle.models.outline import outline_of
 from gazelle.models.streamed import can_stream, weights_streamed
 from gazelle.models.swap import runs_on_engine, swapped_layers
@@ -138,6 +139,7 @@ class RunPlan:
     def _enter(self, model: Any) -> None:
         layers = swapped_layers(model)
         with contextlib.ExitStack() as stack:
+            stack.enter_context(frozen_inputs(model))
             if self.plan.embedding_on_host:
                 stack.enter_context(embedding_on_host(model))
             if self.plan.streamed:
