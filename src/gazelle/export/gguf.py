@@ -17,6 +17,7 @@ from gazelle.adapters.merge import merged_tensors
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError, OutputError
 from gazelle.base.files import check_writable, staged_file
+from gazelle.base.progress import tell
 from gazelle.export.gguf_families import Family, check_bias, converted, family_of, fields_of
 from gazelle.export.gguf_file import GgufOutput, file_fields
 from gazelle.export.gguf_recipe import Recipe, Shape, find_recipes, kind_of
@@ -88,7 +89,8 @@ def export_gguf(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | 
             output.begin()
             for name, tensor in extra.items():
                 output.write(name, tensor)
-        for name, weight in _weights(model, names, family, config):
+        for number, (name, weight) in enumerate(_weights(model, names, family, config)):
+            tell(name, number, len(names))
             for output in outputs:
                 output.write(name, weight)
     return paths

@@ -1,11 +1,16 @@
 """Exporting from what a user has at hand: a folder, or a model without its tokenizer."""
 
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.files import check_writable
+from gazelle.base.progress import tell
+from gazelle.models.card import write_card
 from gazelle.models.checkpoint import find_checkpoint
 from gazelle.models.load import load_model, load_tokenizer
 from gazelle.models.record import read_record
@@ -13,47 +18,183 @@ from gazelle.models.record import read_record
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-FORMATS = ("gguf",)
+    from gazelle.export.verify import Verification
+
+Write = Callable[[Any, Any, Path, list[str]], list[Path]]
 
 
-def export_checkpoint(model_name: str, to: str, output: Path | None = None) -> list[Path]:
-    """Write a model in another format.
+@dataclass(frozen=True)
+class Format:
+    """One row of `FORMATS`.
+
+    Attributes:
+        ways: what may stand behind the colon; None for GGUF's many, which have a table of their own.
+        default: what is taken without a colon.
+        write: (model, tokenizer, folder, ways) to files.
+        library: what the hub calls the library that reads it.
+        consumer: how `verify` has it read.
+        several: whether several ways may be asked for at once.
+    """
+
+    ways: tuple[str, ...] | None
+    default: str
+    write: Write
+    library: str
+    consumer: str
+    several: bool = False
+
+
+@dataclass(frozen=True)
+class Target:
+    """One format to export to, its ways, and where to. `label` is the whole as the user may type it."""
+
+    name: str
+    ways: list[str]
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """Such as "gguf:q4_k_m,q8_0"."""
+        return f"{self.name}:{','.join(self.ways)}" if self.ways else self.name
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of one target: its files, how long they took, and the verification of each export in it."""
+
+    target: Target
+    files: list[Path]
+    seconds: float
+    verified: "list[Verification]"
+
+
+def _gguf(model: Any, tokenizer: Any, folder: Path, ways: list[str]) -> list[Path]:
+    from gazelle.export.gguf import export_gguf
+
+    return export_gguf(model, tokenizer, folder, ways)
+
+
+def _merged(model: Any, tokenizer: Any, folder: Path, ways: list[str]) -> list[Path]:
+    from gazelle.models.save import save_merged
+
+    save_merged(model, tokenizer, folder, save_method={"16bit": "merged_16bit", "4bit": "merged_4bit"}.get(ways[0], ways[0]))
+    return sorted(path for path in folder.iterdir() if path.is_file())
+
+
+FORMATS = {
+    "merged": Format(("16bit", "lora"), "16bit", _merged, "transformers", "hf"),
+    "gguf": Format(None, "q8_0", _gguf, "gguf", "gguf", several=True),
+}
+
+
+def parse_targets(model_name: str, to: list[str], output: Path | None = None) -> list[Target]:
+    """What `--to` asks for, each once, with a folder for each: MODEL-gguf and the like beside the model.
+
+    Args:
+        model_name: folder, hub name or GGUF file; a hub name is exported to the current folder.
+        to: texts such as "gguf:q4_k_m,q8_0".
+        output: the folder, or with several targets the one in which each gets its own.
+
+    Raises:
+        OptionError: an unknown format or way.
+        OutputError: a folder that cannot be written to.
+    """
+    targets: dict[str, Target] = {}
+    for text in dict.fromkeys(to):
+        name, _, behind = text.strip().lower().partition(":")
+        if (name := name.strip()) not in FORMATS:
+            raise OptionError("there is no such format to export to", where="--to", found=text,
+                              expected=", ".join(map(_usage, FORMATS)), fix=nearest(name, FORMATS))
+        ways = _ways(name, behind, text)
+        suffix = name if name == "gguf" or ways == _ways(name, "", text) else f"{name}-{'-'.join(ways)}"
+        earlier = targets.get(suffix)
+        targets[suffix] = Target(name, list(dict.fromkeys([*(earlier.ways if earlier else ()), *ways])), Path(suffix))
+    path = Path(model_name).expanduser()
+    local = Path(path.name).absolute()
+    if path.exists():  # beside a link, not beside what it leads to
+        local = path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+    found = []
+    for suffix, target in targets.items():
+        folder = local.with_name(f"{local.name.removesuffix('.gguf')}-{suffix}")
+        if output is not None:
+            folder = output / suffix if len(targets) > 1 else output
+        check_writable(folder.absolute())
+        found.append(Target(target.name, target.ways, folder))
+    return found
+
+
+def _usage(name: str) -> str:
+    ways = FORMATS[name].ways
+    return f"{name}:METHOD,…" if ways is None else f"{name}[:{'|'.join(ways)}]" if ways else name
+
+
+def _ways(name: str, behind: str, text: str) -> list[str]:
+    chosen = FORMATS[name]
+    if chosen.ways is None:
+        from gazelle.export.gguf_recipe import find_recipes
+
+        return list(find_recipes(behind or chosen.default, where="--to"))
+    ways = [way.strip().removeprefix("merged_") for way in (behind or chosen.default).split(",") if way.strip() or behind]
+    for way in ways:
+        if way not in chosen.ways:
+            raise OptionError(f"{name} cannot be had in this way", where="--to", found=text, expected=_usage(name),
+                              fix=nearest(way, chosen.ways) if chosen.ways else f"write --to {name}")
+    if len(ways) > 1 and not chosen.several:
+        raise OptionError(f"{name} is written in one way at a time", where="--to", found=text, expected=_usage(name),
+                          fix=" ".join(f"--to {name}:{way}" for way in ways))
+    return ways
+
+
+def export_checkpoint(model_name: str, to: list[str], output: Path | None = None, *, data: str | None = None,
+                      verify: bool = False, llama: str | None = None, vllm: str | None = None) -> Iterator[Exported]:
+    """Write a model in other formats, one after another.
 
     A model that lies in its files as it is to be read is mapped from there instead of being loaded. An adapter goes
     onto its base as that was kept in training.
 
     Args:
         model_name: folder with an adapter or a model, hub name or GGUF file.
-        to: the format and, behind a colon, ways of quantising, such as "gguf:q4_k_m,q8_0".
-        output: folder; left out: the model's own name and "-gguf", beside it, or for a hub name here.
+        to, output: as in `parse_targets`.
+        data: rows to verify with. Left out: those of the run, if the folder says where they are.
+        verify: ask each export, in the program that reads it, what the model in memory is asked.
+        llama: where llama.cpp is, if not on the PATH.
+        vllm: a Python with vLLM.
 
-    Returns:
-        The files.
+    Yields:
+        What came of each target, as it is done.
 
     Raises:
-        UserError: before the model is loaded, for options and a folder that cannot be written to.
+        UserError: before the model is loaded, for options, data and folders that cannot be used.
     """
-    from gazelle.export.gguf import export_gguf
-    from gazelle.export.gguf_recipe import find_recipes
+    targets = parse_targets(model_name, to, output)
+    if verify:
+        from gazelle.export.consumers.llama import find_library
 
-    kind, _, methods = to.partition(":")
-    if (kind := kind.strip().lower()) not in FORMATS:
-        raise OptionError("there is no such format to export to", where="--to", found=to,
-                          expected="gguf:METHOD, or several METHODs with commas between them",
-                          fix=nearest(kind, FORMATS))
-    methods = methods or "q8_0"
-    find_recipes(methods, where="--to")
-    path = Path(model_name).expanduser()
-    local = Path(path.name).absolute()
-    if path.exists():  # beside a link, not beside what it leads to
-        local = path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
-    target = output or local.with_name(f"{local.name.removesuffix('.gguf')}-gguf")
-    check_writable(target.absolute())
+        find_library(llama)
     checkpoint = find_checkpoint(model_name)
+    rows = None
+    if data is not None or verify:
+        from gazelle.facade.verifying import find_rows
+
+        rows = find_rows(checkpoint.folder, data)
     recorded = checkpoint.adapter is not None and "load_in_4bit" in read_record(checkpoint.folder)
+    tell("loading the model")
     model, tokenizer = load_model(model_name, load_in_4bit=None if recorded else False, dtype="auto",
                                   device_map="cpu", is_trainable=False)
-    return export_gguf(model, tokenizer, target, methods)
+    asked = None
+    if verify:
+        from gazelle.facade.verifying import Verifier
+
+        asked = Verifier(model, tokenizer, rows, llama=llama, vllm=vllm)
+    for target in targets:
+        began = time.perf_counter()
+        tell(f"writing {target.label}")
+        chosen = FORMATS[target.name]
+        files = chosen.write(model, tokenizer, target.folder, target.ways)
+        library = "peft" if target.ways == ["lora"] else chosen.library
+        write_card(target.folder, model, library=library, files=files, run_folder=checkpoint.folder)
+        seconds = time.perf_counter() - began
+        yield Exported(target, files, seconds, asked.check(target.folder, files, chosen.consumer) if asked else [])
 
 
 def loaded_tokenizer(model: Any) -> "PreTrainedTokenizerBase":

@@ -8,6 +8,7 @@ from gazelle.adapters.tokens import resize_token_embeddings
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import log_to_terminal, say_once
 from gazelle.facade.exporting import loaded_tokenizer
+from gazelle.facade.hub import push_to_hub, push_to_hub_gguf, push_to_hub_merged
 from gazelle.models.load import load_model
 from gazelle.models.record import record_base
 from gazelle.models.save import save_merged
@@ -145,6 +146,9 @@ def bind(model: Any) -> Any:
     model.save_pretrained = types.MethodType(_save_pretrained, model)
     model.save_pretrained_gguf = types.MethodType(_save_pretrained_gguf, model)
     model.save_pretrained_merged = types.MethodType(_save_pretrained_merged, model)
+    model.push_to_hub = types.MethodType(push_to_hub, model)
+    model.push_to_hub_merged = types.MethodType(push_to_hub_merged, model)
+    model.push_to_hub_gguf = types.MethodType(push_to_hub_gguf, model)
     model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
     return model
 

@@ -15,6 +15,7 @@ from gazelle.adapters.merge import merged_tensors
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError, OptionError, OutputError, nearest
 from gazelle.base.files import check_writable, staged_folder
+from gazelle.models.card import is_empty_form, is_untouched
 from gazelle.models.record import RECORD, record_base
 from gazelle.models.shards import ShardWriter
 from gazelle.quantize.bnb import is_quantized_linear
@@ -28,7 +29,8 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 _OURS = ("config.json", "generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors",
          "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors", RECORD, "tokenizer.json",
          "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-         "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates")
+         "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates",
+         "verification.json")
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -123,9 +125,9 @@ def _check_target(model: Any, target: Path, save_method: str) -> None:
 
 
 def _is_ours(entry: Path) -> bool:
-    if entry.name == "README.md":  # PEFT writes an empty form; anything else is somebody's text
+    if entry.name == "README.md":  # ours, or the empty form that PEFT writes; anything else is somebody's text
         text = entry.read_text(encoding="utf-8", errors="replace")
-        return "library_name: peft" in text and "# Model Card for Model ID" in text
+        return is_untouched(text) or is_empty_form(text)
     return any(entry.match(name) for name in _OURS)
 
 

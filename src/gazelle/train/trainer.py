@@ -44,6 +44,7 @@ from gazelle.train.optimizer import HeldGradients, can_flatten, flatten
 from gazelle.train.plan import RunPlan, Window, plan_run
 from gazelle.train.prepare import Prepared, encode_rows, prepare
 from gazelle.train.progress import Progress
+from gazelle.train.record import push_run, run_record
 from gazelle.train.report import RunFacts, write_report
 from gazelle.train.samples import Sample, answer_samples, pick_samples
 from gazelle.train.setup import check_checkpoint, check_together, match_precision, move_without_waiting
@@ -213,6 +214,7 @@ class SFTTrainer(Trainer):
         if reported and self.prepared.report is not None:
             answer_samples(self.model, self.processing_class, self.samples, "after", config.report_max_new_tokens)
             write_report(config, self._facts(), self.prepared.report, self.samples)
+        self.model.gazelle_run = run_record(config, self._facts(), self.prepared.report)
         return result
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -220,8 +222,13 @@ class SFTTrainer(Trainer):
         super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or str(self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        if self.args.should_save and (folder / "adapter_config.json").exists():
+        if self.args.should_save and folder.exists():
             record_base(self.model, folder)
+
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True,
+                    token: str | None = None, revision: str | None = None, **kwargs: Any) -> Any:
+        """Upload adapter or model, tokenizer and a card written from the run, as one commit, and wait for it."""
+        return push_run(self, commit_message, token, revision)
 
     optimizer: Any
 

@@ -1,0 +1,69 @@
+"""Verifying exports against the model in memory, on rows that the user names or that the run was trained on."""
+
+from pathlib import Path
+from typing import Any
+
+from gazelle.adapters.unwrap import unwrap
+from gazelle.base.log import logger
+from gazelle.data.load import Loaded, load_conversations
+from gazelle.data.templates import ensure_template
+from gazelle.export.verify import Verification, verify
+from gazelle.export.verify_probe import ask_model, make_probe
+from gazelle.models.checkpoint import find_checkpoint
+from gazelle.models.record import read_record
+from gazelle.models.special_tokens import stop_ids
+
+
+def find_rows(folder: Path, data: str | None) -> Loaded | None:
+    """Rows to verify with or to calibrate on: of the file `data`, else of the run that left `folder`; None without.
+
+    A run's evaluation rows come before those it was trained on.
+
+    Raises:
+        DataError: `data` cannot be read.
+    """
+    run = read_record(folder).get("run") or {}
+    options = {name: run.get(name) for name in ("format", "columns", "system") if run.get(name)}
+    if data is not None:
+        return load_conversations(data, system=options.get("system"))
+    for source, split in ((run.get("eval"), "eval"), (run.get("train"), "train")):
+        if source and Path(source).exists():
+            return load_conversations(source, split=split, **options)
+        if source:
+            logger.info("The rows of the run are not at %s any more.", source)
+    return None
+
+
+class Verifier:
+    """A model in memory that has been asked, so that its exports can be."""
+
+    def __init__(self, model: Any, tokenizer: Any, rows: Loaded | None, *, llama: str | None = None,
+                 vllm: str | None = None) -> None:
+        self._tokenizer, self._llama, self._vllm = tokenizer, llama, vllm
+        base = unwrap(model)
+        if rows is not None and any(row.text is None for row in rows.conversations):
+            ensure_template(tokenizer, base.config.model_type)
+        self._probe = make_probe(tokenizer, rows.conversations if rows else [], rows.source if rows else "",
+                                 stops=stop_ids(base.generation_config), longest=getattr(base, "max_seq_length", 512))
+        self._reference = ask_model(model, self._probe)
+        self._base = self._base_of(model) if hasattr(model, "peft_config") else None
+
+    def check(self, folder: Path, files: list[Path], consumer: str) -> list[Verification]:
+        """Verify an export, each file of it if it is GGUF, and write down the results beside it."""
+        paths = files if consumer == "gguf" else [folder]
+        found = []
+        for path in paths:
+            is_adapter = (path / "adapter_config.json").exists()
+            verified = verify(path, consumer, self._probe, self._reference, self._tokenizer, llama=self._llama,
+                              vllm=self._vllm, base=self._base if is_adapter else None)
+            verified.write()
+            found.append(verified)
+        return found
+
+    @staticmethod
+    def _base_of(model: Any) -> dict[str, Any]:
+        """How plain PEFT is to load the base of an adapter, so that it is the one in memory."""
+        base = unwrap(model)
+        loading = getattr(model, "gazelle_loading", {})
+        return loading | {"folder": str(find_checkpoint(base.config._name_or_path).folder),
+                          "rows": base.get_input_embeddings().weight.shape[0]}
