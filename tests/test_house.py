@@ -26,7 +26,7 @@ ALLOWED = {
     "triton": {"kernels"},
     "transformers": {"models", "data", "train", "rl", "export", "evaluate", "serve"},
     "bitsandbytes": {"quantize", "cli", "train"},
-    "peft": {"adapters", "models"},
+    "peft": {"adapters", "models", "export"},
     "fastapi": {"serve", "studio"},
     "httpx": {"serve", "studio"},
     "requests": {"serve", "studio"},

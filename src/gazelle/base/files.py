@@ -118,7 +118,7 @@ def _put_in_place(staging: Path, target: Path) -> None:
     if not target.exists():
         staging.replace(target)
     elif not _exchange(staging, target):
-        # A kill between the two renames leaves the earlier folder under the first name: `_clear_leftovers` puts it back.
+        # A kill between the two renames leaves the earlier folder under the first name: `_clear_leftovers` mends it.
         earlier = target.with_name(f".{target.name}.{_EARLIER}-{staging.name[-8:]}")
         target.replace(earlier)
         staging.replace(target)
@@ -127,13 +127,12 @@ def _put_in_place(staging: Path, target: Path) -> None:
 
 def _exchange(one: Path, other: Path) -> bool:
     """Swap two names in one step; False where system or file system cannot."""
-    names = (os.fsencode(one), os.fsencode(other))
-    libc = ctypes.CDLL(None) if sys.platform != "win32" else None
+    if sys.platform == "win32":
+        return False
+    libc, first, second = ctypes.CDLL(None), os.fsencode(one), os.fsencode(other)
     if hasattr(libc, "renameat2"):
-        return libc.renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _EXCHANGE) == 0  # type: ignore[union-attr]
-    if hasattr(libc, "renamex_np"):
-        return libc.renamex_np(*names, _EXCHANGE) == 0  # type: ignore[union-attr]
-    return False
+        return bool(libc.renameat2(_AT_FDCWD, first, _AT_FDCWD, second, _EXCHANGE) == 0)
+    return bool(hasattr(libc, "renamex_np") and libc.renamex_np(first, second, _EXCHANGE) == 0)
 
 
 @contextlib.contextmanager

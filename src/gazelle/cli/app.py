@@ -63,13 +63,16 @@ def chat(
 def export(
     model: Annotated[str, typer.Argument(help="Folder that training wrote, or any checkpoint.")],
     to: Annotated[
-        list[str] | None, typer.Option(help="Format and ways: gguf:q4_k_m,q8_0, merged, merged:lora. Again for several.")
+        list[str] | None,
+        typer.Option(help="Format and ways: gguf:q4_k_m,q8_0, merged, merged:lora. Repeat it for several formats."),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder. Default: MODEL-FORMAT.")] = None,
     data: Annotated[
         Path | None, typer.Option(help="Rows to verify with and to calibrate on. Default: those of the run.")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Ask each export what the model in memory is asked.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Ask each export what the model in memory is asked.")
+    ] = False,
     llama: Annotated[Path | None, typer.Option(help="Folder of llama.cpp. Default: what is installed.")] = None,
     vllm: Annotated[Path | None, typer.Option(help="A Python that has vLLM, to verify with.")] = None,
 ) -> None:

@@ -27,9 +27,9 @@ def export_command(model: str, to: list[str], output: Path | None, *, data: Path
             progress.update(task, description=what, completed=count, total=total or None)
 
         with watched(show):
-            for exported in export_checkpoint(model, to, output, data=str(data) if data else None, verify=verify,
-                                              llama=str(llama) if llama else None, vllm=str(vllm) if vllm else None):
-                done.append(exported)
+            done.extend(export_checkpoint(
+                model, to, output, data=str(data) if data else None, verify=verify, llama=str(llama) if llama else None,
+                vllm=str(vllm) if vllm else None))
     for exported in done:
         typer.echo(f"{exported.target.label}, {exported.seconds:.1f} s")
         for path in exported.files:

@@ -18,6 +18,7 @@ from gazelle.export.consumers.llama import find_library
 from gazelle.export.verify_probe import Probe, Reference
 from gazelle.models.gguf_file import read_gguf
 
+_NO_LLAMA = "not verified: llama.cpp is not installed; name the folder of an unpacked release with --llama"
 _WORSE = 1.5  # no way of quantising that is of use raises the perplexity so much
 
 
@@ -69,11 +70,11 @@ def verify(path: Path, kind: str, probe: Probe, reference: Reference, tokenizer:
 
     Args:
         path: a GGUF file, or a folder.
-        kind: "gguf", "folder" (safetensors, or an adapter), "vllm" or "onnx".
+        kind: "gguf", "hf" (a folder of safetensors, or an adapter), "vllm" or "onnx".
         probe, reference: from `make_probe` and `ask_model`.
         tokenizer: the model's; it renders the conversations with the export's own template.
         llama: where llama.cpp is, as `find_library` takes it.
-        vllm: a Python that has vLLM.
+        vllm: a Python that has vLLM, which then reads all but GGUF and ONNX.
         base: for an adapter, how its base is loaded: `folder`, `load_in_4bit`, `rows` and so on.
     """
     tell(f"verifying {path.name}")
@@ -81,17 +82,21 @@ def verify(path: Path, kind: str, probe: Probe, reference: Reference, tokenizer:
     if base is not None:
         request["base"] = base
     name, note = "hf", ""
+    command = [sys.executable, "-m", "gazelle.export.consumers"]
     if kind == "gguf":
         library = find_library(llama)
         if library is None:
-            return Verification(str(path), "", probe.source, "not verified: llama.cpp is not installed; name the folder "
-                                "of an unpacked release with --llama", [])
+            return Verification(str(path), "", probe.source, _NO_LLAMA, [])
         template = read_gguf(path).get("tokenizer.chat_template", str, "")
         rendered = [tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False,
                                                   add_generation_prompt=True) for chat in probe.chats if template]
         name, request = "llama", request | {"library": str(library), "chats": rendered}
+    elif vllm is not None:
+        name, command = "vllm", [vllm, str(Path(__file__).parent / "consumers" / "vllm_script.py")]
+    elif kind == "vllm":
+        note = "vLLM was not asked, but transformers: name a Python that has vLLM with --vllm"
     try:
-        given, logits = run_consumer([sys.executable, "-m", "gazelle.export.consumers", name], request)
+        given, logits = run_consumer(command if name == "vllm" else [*command, name], request)
     except ConsumerError as error:
         return Verification(str(path), "", probe.source, f"{name}: {error}",
                             [Check("loads", shorten(str(error), 60), ok=False)])

@@ -1,4 +1,4 @@
-"""What an export and the model in memory are both asked: strings, prompts and rows, from the user's data if there are."""
+"""What an export and the model in memory are both asked: strings, prompts and rows, the user's if there are."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +19,16 @@ PROMPTS, TOKENS, ROWS = 8, 32, 16
 _LONGEST = 512  # tokens of a row, so that a check takes minutes at most
 _KEPT = 1 << 24  # logits kept of each side, 64 MB
 _MIXED = (
-    "Hello, world!", "hello", " hello", "Hello  world   with    runs of spaces", "\ttab\tand\t\ttabs", "line\nbreaks\n\n\n",
-    "trailing space ", "The year 2024, 3.14159, 1,000,000 and 0x1F.", "don't can't we'll I'M SHE'S", "naïve café über Straße",
-    "def f(x):\n    return {'a': [1, 2], \"b\": x ** 2}  # code", "for (int i = 0; i < n; ++i) { a[i] <<= 2; }",
-    "SELECT * FROM t WHERE a >= 'x';", "你好，世界！今天天气怎么样？", "こんにちは世界。カタカナとひらがな", "안녕하세요 세계",
-    "Привет, мир! Как дела?", "مرحبا بالعالم", "नमस्ते दुनिया", "🙂🚀 👩‍👩‍👧‍👦 🇩🇪 ❤️", "a\u0301 e\u0308 ﬁ ①②③", "\u200b\u00a0\u3000 odd spaces",
-    "https://example.org/path?q=1&r=%20#top", "<b>tags</b> & &amp; {braces} [brackets] |pipes|", "x²+y³≠√π → ∞ · ½",
-    "AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA", "...!!!???---___***", "CamelCaseAndsnake_case_and-kebab-case",
+    "Hello, world!", "hello", " hello", "Hello  world   with    runs of spaces", "\ttab\tand\t\ttabs",
+    "line\nbreaks\n\n\n", "trailing space ", "The year 2024, 3.14159, 1,000,000 and 0x1F.",
+    "don't can't we'll I'M SHE'S", "naïve café über Straße",
+    "def f(x):\n    return {'a': [1, 2], \"b\": x ** 2}  # code",
+    "for (int i = 0; i < n; ++i) { a[i] <<= 2; }", "SELECT * FROM t WHERE a >= 'x';", "你好，世界！今天天气怎么样？",
+    "こんにちは世界。カタカナとひらがな", "안녕하세요 세계", "Привет, мир! Как дела?", "مرحبا بالعالم", "नमस्ते दुनिया",
+    "🙂🚀 👩‍👩‍👧‍👦 🇩🇪 ❤️", "a\u0301 e\u0308 ﬁ ①②③", "\u200b\u00a0\u3000 odd spaces",
+    "https://example.org/path?q=1&r=%20#top",
+    "<b>tags</b> & &amp; {braces} [brackets] |pipes|", "x²+y³≠√π → ∞ · ½", "A" * 38, "...!!!???---___***",
+    "CamelCaseAndsnake_case_and-kebab-case",
 )
 _PROMPTS = ("What is the capital of France?", "List three prime numbers.", "Translate 'good morning' to Spanish.",
             "Why is the sky blue?", "Write a function that adds two numbers.", "What is 12 times 12?")
@@ -79,7 +82,8 @@ def make_probe(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Con
     """
     if not conversations:
         conversations, source = _shipped(tokenizer), "a few built-in prompts"
-    chosen = [conversations[i] for i in np.linspace(0, len(conversations) - 1, min(ROWS, len(conversations)), dtype=int)]
+    spread = np.linspace(0, len(conversations) - 1, min(ROWS, len(conversations)), dtype=int)
+    chosen = [conversations[i] for i in spread]
     limit = min(longest, _LONGEST)
     by_place = {row.where: row for row in chosen}
     rows, chats, prompts, texts = [], [], [], list(_MIXED)

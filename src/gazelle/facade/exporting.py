@@ -77,7 +77,8 @@ def _gguf(model: Any, tokenizer: Any, folder: Path, ways: list[str]) -> list[Pat
 def _merged(model: Any, tokenizer: Any, folder: Path, ways: list[str]) -> list[Path]:
     from gazelle.models.save import save_merged
 
-    save_merged(model, tokenizer, folder, save_method={"16bit": "merged_16bit", "4bit": "merged_4bit"}.get(ways[0], ways[0]))
+    method = f"merged_{ways[0]}" if ways[0] in ("16bit", "4bit") else ways[0]
+    save_merged(model, tokenizer, folder, save_method=method)
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
@@ -134,7 +135,8 @@ def _ways(name: str, behind: str, text: str) -> list[str]:
         from gazelle.export.gguf_recipe import find_recipes
 
         return list(find_recipes(behind or chosen.default, where="--to"))
-    ways = [way.strip().removeprefix("merged_") for way in (behind or chosen.default).split(",") if way.strip() or behind]
+    wanted = behind or chosen.default
+    ways = [way.strip().removeprefix("merged_") for way in wanted.split(",")] if wanted else []
     for way in ways:
         if way not in chosen.ways:
             raise OptionError(f"{name} cannot be had in this way", where="--to", found=text, expected=_usage(name),

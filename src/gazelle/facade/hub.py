@@ -97,8 +97,8 @@ def _methods(method: str | list[str] | None, bits: int | None, group_size: int |
 
     if method is not None or bits is None:
         if method is not None and bits is not None:
-            raise OptionError("both a method and a number of bits", where="quantization_bits", found=f"{bits}, {method}",
-                              expected="one of the two", fix="leave out quantization_bits")
+            raise OptionError("both a method and a number of bits", where="quantization_bits",
+                              found=f"{bits}, {method}", expected="one of the two", fix="leave out quantization_bits")
         find_recipes(method or "q8_0")
         return method or "q8_0"
     if bits not in _BITS:

@@ -9,15 +9,12 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.files import write_text
 from gazelle.base.sizes import megabytes
 from gazelle.models.gguf_file import read_gguf
-
-if TYPE_CHECKING:
-    from huggingface_hub import ModelCardData
 
 NAME = "README.md"
 _MARK = re.compile(r"\n<!-- written by gazelle, ([0-9a-f]{64}) -->\n\Z")
@@ -73,7 +70,7 @@ def card_text(model: Any, *, library: str, files: list[Path], title: str, run_fo
         name = original
     on_hub = bool(name) and not Path(name).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
     licence = _licence(name, on_hub, token)
-    data: ModelCardData = ModelCardData(
+    data = ModelCardData(
         base_model=name if on_hub else None, library_name=library, pipeline_tag="text-generation", **licence,
         tags=["gazelle", base.config.model_type, *(["lora"] if library == "peft" else []),
               *(["gguf"] if library == "gguf" else [])],
@@ -110,7 +107,7 @@ def _original(name: str) -> str | None:
 
 
 def _licence(name: str, on_hub: bool, token: str | None) -> dict[str, Any]:
-    """`license`, and `license_name` and `license_link` where it is "other", as the base model's own card states them."""
+    """`license`, and its name and link where it is "other", as the base model's own card states them."""
     from huggingface_hub import ModelCard, constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, HTTPError
 

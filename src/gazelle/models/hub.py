@@ -5,6 +5,7 @@ Tokens go from the caller into a header and nowhere else. What the hub answers i
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,14 +90,8 @@ def _somebodys(api: Any, repository: str, revision: str | None, folder: Path) ->
     except (EntryNotFoundError, RevisionNotFoundError):
         return False
     finally:
-        _remove(folder / ".card")
+        shutil.rmtree(folder / ".card", ignore_errors=True)
     return not (is_untouched(text) or is_empty_form(text) or "# Model Card for Model ID" in text)
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -128,8 +123,7 @@ def _refusals(repository: str, token: str | None) -> Iterator[None]:
 
 _ANSWERS = {
     401: ("the hub does not know this token", "run `hf auth login` again, or pass a valid token="),
-    403: ("this token may not write there", "use a token with write access, and a repository of your own or of an "
-          "organisation you belong to"),
+    403: ("this token may not write there", "use a token with write access, and a repository you may write to"),
     404: ("there is no such repository, or the token may not see it", "check the name, and that the token may write"),
     409: ("somebody else wrote to the repository at the same time", "try again"),
     413: ("the hub finds it too large", "split it, for example with max_shard_size="),

@@ -33,26 +33,41 @@ def run_record(args: TrainingArguments, facts: RunFacts, data: DataReport | None
     }
 
 
-def push_run(trainer: Any, commit_message: str | None, token: str | None, revision: str | None) -> Any:
-    """Upload what `trainer.save_model` writes, with a card, to `hub_model_id` or a repository named as the run's folder.
+class Pushes:
+    """`push_to_hub` for a trainer: adapter or model, tokenizer and a card written from the run, as one commit."""
 
-    Returns:
-        What huggingface_hub says of the commit; None in all processes but the first.
+    args: Any
+    model: Any
+    is_world_process_zero: Any
+    save_model: Any
 
-    Raises:
-        HubError: the hub cannot be reached, or refuses.
-    """
-    args = trainer.args
-    name = args.hub_model_id or Path(str(args.output_dir)).resolve().name
-    token = token or args.hub_token
-    with tempfile.TemporaryDirectory() as folder:
-        if trainer.is_world_process_zero():
-            name = check_repository(name, token=token, private=args.hub_private_repo)
-        trainer.save_model(folder, _internal_call=True)
-        if not trainer.is_world_process_zero():
-            return None
-        return push_folder(Path(folder), name, trainer.model, token=token, revision=revision or args.hub_revision,
-                           commit_message=commit_message, run_folder=Path(str(args.output_dir)))
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True,
+                    token: str | None = None, revision: str | None = None, **kwargs: Any) -> Any:
+        """Upload to `hub_model_id`, or to a repository named as the run's folder, and wait for it.
+
+        Args:
+            commit_message, revision: of the commit.
+            blocking: as in transformers; a push always waits.
+            token: else `hub_token`, else that of `hf auth login`.
+            **kwargs: what transformers would write into its card. This one says what the run was.
+
+        Returns:
+            What huggingface_hub says of the commit; None in all processes but the first.
+
+        Raises:
+            HubError: the hub cannot be reached, or refuses; then nothing is committed.
+        """
+        args = self.args
+        name = args.hub_model_id or Path(str(args.output_dir)).resolve().name
+        token = token or args.hub_token
+        with tempfile.TemporaryDirectory() as folder:
+            if self.is_world_process_zero():
+                name = check_repository(name, token=token, private=args.hub_private_repo)
+            self.save_model(folder, _internal_call=True)
+            if not self.is_world_process_zero():
+                return None
+            return push_folder(Path(folder), name, self.model, token=token, revision=revision or args.hub_revision,
+                               commit_message=commit_message, run_folder=Path(str(args.output_dir)))
 
 
 def _place(source: str) -> str | None:
@@ -69,7 +84,8 @@ def _figures(data: DataReport | None) -> list[str]:
     sources = {split.source: Path(split.source).name for split in (data.train, data.test) if split and split.source}
     figures = []
     for line in lines[:end]:
+        shown = line
         for source, name in sources.items():
-            line = line.replace(source, name)  # noqa: PLW2901
-        figures.append(line.rstrip())
+            shown = shown.replace(source, name)
+        figures.append(shown.rstrip())
     return figures

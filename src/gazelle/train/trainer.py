@@ -44,7 +44,7 @@ from gazelle.train.optimizer import HeldGradients, can_flatten, flatten
 from gazelle.train.plan import RunPlan, Window, plan_run
 from gazelle.train.prepare import Prepared, encode_rows, prepare
 from gazelle.train.progress import Progress
-from gazelle.train.record import push_run, run_record
+from gazelle.train.record import Pushes, run_record
 from gazelle.train.report import RunFacts, write_report
 from gazelle.train.samples import Sample, answer_samples, pick_samples
 from gazelle.train.setup import check_checkpoint, check_together, match_precision, move_without_waiting
@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-class SFTTrainer(Trainer):
+class SFTTrainer(Pushes, Trainer):
     """Fine-tunes a causal language model on conversations, prompt–completion pairs or raw text.
 
     Args:
@@ -224,11 +224,6 @@ class SFTTrainer(Trainer):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if self.args.should_save and folder.exists():
             record_base(self.model, folder)
-
-    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True,
-                    token: str | None = None, revision: str | None = None, **kwargs: Any) -> Any:
-        """Upload adapter or model, tokenizer and a card written from the run, as one commit, and wait for it."""
-        return push_run(self, commit_message, token, revision)
 
     optimizer: Any
 

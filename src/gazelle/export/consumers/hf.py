@@ -33,7 +33,8 @@ def _load(folder: Path, request: dict[str, Any]) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     on_gpu = torch.cuda.is_available()
-    options: dict[str, Any] = {"device_map": "cuda:0" if on_gpu else "cpu", "dtype": "auto" if on_gpu else torch.float32}
+    options: dict[str, Any] = {"device_map": "cuda:0" if on_gpu else "cpu",
+                               "dtype": "auto" if on_gpu else torch.float32}
     if not (folder / "adapter_config.json").exists():
         return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
     from peft import PeftModel

@@ -64,7 +64,8 @@ def find_library(place: str | None = None) -> Path | None:
 def _inside(folder: Path, name: str) -> Path | None:
     """The library in `folder` or where builds put it; some number their files: libllama.so.0, libllama.0.dylib."""
     stem, suffix = name.split(".")
-    return next((path for part in (".", "lib", "bin", "build/bin") for pattern in (name, f"{name}.*", f"{stem}.*.{suffix}")
+    patterns = (name, f"{name}.*", f"{stem}.*.{suffix}")
+    return next((path for part in (".", "lib", "bin", "build/bin") for pattern in patterns
                  for path in sorted((folder / part).glob(pattern)) if path.is_file()), None)
 
 
@@ -123,7 +124,7 @@ class Llama:
 
     def _refused(self, what: str, path: Path) -> ModelError:
         return ModelError(what, where=str(path), found="".join(self._said[-6:]) or "no reason given",
-                          expected="a file that this build of llama.cpp reads", fix="try a newer llama.cpp with --llama")
+                          expected="a file that this llama.cpp reads", fix="try a newer llama.cpp with --llama")
 
 
 def answer(request: dict[str, Any], library: Path) -> tuple[dict[str, Any], "np.ndarray[Any, Any] | None"]:
@@ -169,7 +170,7 @@ def _load(path: Path, said: list[str]) -> Any:
     """
     parts = [entry for stem in ("ggml-base", "ggml-cpu", "ggml") for entry in _siblings(path, stem)]
     loaded = {entry.name: ctypes.CDLL(str(entry), mode=ctypes.RTLD_GLOBAL) for entry in parts}
-    c = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    c: Any = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
     logger = _LOGGER(lambda level, text, _: said.append(text.decode(errors="replace")) if level >= _ERROR else None)
     c.logger = logger  # ctypes lets go of it otherwise
     try:
@@ -194,8 +195,8 @@ def _load(path: Path, said: list[str]) -> Any:
 def _siblings(path: Path, stem: str) -> list[Path]:
     """The plainest file of a library that may stand beside libllama: some builds have it all in one."""
     prefix = "" if sys.platform == "win32" else "lib"
-    names = sorted(path.parent.glob(f"{prefix}{stem}{_SUFFIX}*")) or sorted(path.parent.glob(f"{prefix}{stem}.*{_SUFFIX}"))
-    return names[:1]
+    plain, numbered = f"{prefix}{stem}{_SUFFIX}*", f"{prefix}{stem}.*{_SUFFIX}"
+    return (sorted(path.parent.glob(plain)) or sorted(path.parent.glob(numbered)))[:1]
 
 
 def _unknown(path: Path, found: str) -> MissingDependencyError:
