@@ -1,7 +1,6 @@
 """Verification asks the real consumers, finds nothing wrong with sound exports, and finds what is wrong with others."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
@@ -12,14 +11,12 @@ from tests.models.families import adapt
 
 from gazelle.__main__ import main
 from gazelle.base.errors import OptionError
-from gazelle.export import verify as verifying
 from gazelle.export.consumers import hf
 from gazelle.export.consumers import llama as llama_consumer
 from gazelle.export.gguf import export_gguf
 from gazelle.export.verify import ConsumerError, compare, run_consumer, verify
 from gazelle.export.verify_probe import ask_model, make_probe
 from gazelle.facade.language_model import FastLanguageModel
-from gazelle.facade.verifying import Verifier
 from gazelle.models.save import save_merged
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -74,7 +71,7 @@ def test_a_run_is_exported_and_verified_on_its_rows(checkpoint, tmp_path, capsys
 
 
 def test_a_merged_model_in_plain_transformers(model, tokenizer, tmp_path):
-    adapted = adapt(model("qwen2")).eval()
+    adapted = adapt(model("llama")).eval()
     probe = probe_of(tokenizer)
     reference = ask_model(adapted, probe)
     folder = save_merged(adapted, tokenizer, tmp_path / "out", dtype="float32")
@@ -151,7 +148,8 @@ def test_a_consumer_that_crashes_or_refuses_is_a_finding(model, tokenizer, tmp_p
     library()
     (tmp_path / "m.gguf").write_bytes(export_gguf(model("llama"), tokenizer, tmp_path, "f32")[0].read_bytes()[:-4000])
     probe = probe_of(tokenizer)
-    request = probe.request() | {"path": str(tmp_path / "m.gguf"), "library": str(llama_consumer.find_library(str(FOLDER)))}
+    found = llama_consumer.find_library(str(FOLDER))
+    request = probe.request() | {"path": str(tmp_path / "m.gguf"), "library": str(found)}
     with pytest.raises(ConsumerError, match="cannot load the file"):
         run_consumer([sys.executable, "-m", "gazelle.export.consumers", "llama"], request)
 

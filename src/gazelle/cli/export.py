@@ -43,7 +43,8 @@ def export_command(model: str, to: list[str], output: Path | None, *, data: Path
 def _show_verification(done: list[Exported]) -> bool:
     """Print the table of all exports; True if one of them is wrong."""
     verified = [one for exported in done for one in exported.verified]
-    table = Table(title=f"Asked as the model in memory, prompts from {verified[0].source}")
+    typer.echo(f"Compared with the model in memory, prompts from {verified[0].source}:")
+    table = Table()
     table.add_column("")
     names = list(dict.fromkeys(check.name for one in verified for check in one.checks))
     for one in verified:

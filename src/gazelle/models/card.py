@@ -111,8 +111,10 @@ def _licence(name: str, on_hub: bool, token: str | None) -> dict[str, Any]:
     from huggingface_hub import ModelCard, constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError, HTTPError
 
+    if not name:
+        return {}
     path = Path(name)
-    if name and path.suffix == ".gguf" and path.is_file():
+    if path.suffix == ".gguf" and path.is_file():
         stated = read_gguf(path).metadata.get("general.license")
         return {"license": stated} if isinstance(stated, str) else {}
     try:

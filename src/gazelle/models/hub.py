@@ -56,7 +56,7 @@ def push_folder(folder: Path, repository: str, model: Any, *, token: str | None,
     Raises:
         HubError: the hub did not take it; then nothing is committed.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import CommitOperationAdd, HfApi
 
     if library is None:
         library = "peft" if (folder / "adapter_config.json").exists() else "transformers"
@@ -76,8 +76,11 @@ def push_folder(folder: Path, repository: str, model: Any, *, token: str | None,
             card.write_text(card_text(model, library=library, files=files, title=repository.rpartition("/")[2],
                                       run_folder=run_folder, repository=repository, token=token), encoding="utf-8")
         tell(f"uploading to {repository}")
-        return api.upload_folder(repo_id=repository, folder_path=folder, revision=revision, create_pr=create_pr,
-                                 commit_message=commit_message or "Upload model", commit_description=commit_description)
+        # upload_folder would make several commits of a large folder.
+        added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path)
+                 for path in sorted(folder.rglob("*")) if path.is_file()]
+        return api.create_commit(repository, added, commit_message=commit_message or "Upload model",
+                                 commit_description=commit_description, revision=revision, create_pr=create_pr)
 
 
 def _somebodys(api: Any, repository: str, revision: str | None, folder: Path) -> bool:
@@ -101,28 +104,29 @@ def _refusals(repository: str, token: str | None) -> Iterator[None]:
 
     try:
         yield
-    except errors.LocalTokenNotFoundError as error:
-        raise _refused("the hub wants to know who you are", repository, error, token,
-                       "run `hf auth login`, or pass token=") from error
-    except errors.OfflineModeIsEnabled as error:
-        raise _refused("the hub may not be asked", repository, error, token, "unset HF_HUB_OFFLINE") from error
-    except errors.HFValidationError as error:
-        raise _refused("this cannot be the name of a repository", repository, error, token,
-                       "use user/name, of letters, digits, '-', '_' and '.'") from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code if error.response is not None else 0
-        what, fix = _ANSWERS.get(status, ("the hub did not take it", "read what it says, and try again"))
-        if status >= 500:
-            what, fix = "the hub has trouble of its own", "try again later; nothing was committed"
-        raise _refused(what, repository, error, token, fix) from error
-    except (errors.HTTPError, ConnectionError, TimeoutError, RuntimeError) as error:
-        raise _refused("the connection to the hub broke off", repository, error, token,
-                       "check the connection (behind a proxy, set HTTPS_PROXY) and try again; nothing was committed"
-                       ) from error
+    except (errors.HTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError, ConnectionError, TimeoutError,
+            RuntimeError) as error:
+        # What happens to one file of several comes wrapped in a RuntimeError.
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
+        what, fix = "the connection to the hub broke off", "check it (behind a proxy, set HTTPS_PROXY) and try again"
+        if isinstance(cause, errors.OfflineModeIsEnabled):
+            what, fix = "the hub may not be asked", "unset HF_HUB_OFFLINE"
+        elif isinstance(cause, errors.LocalTokenNotFoundError):
+            what, fix = "the hub wants to know who you are", "run `hf auth login`, or pass token="
+        elif isinstance(cause, errors.HFValidationError):
+            what, fix = "this cannot be the name of a repository", "use user/name, of letters, digits, '-', '_', '.'"
+        elif isinstance(cause, errors.HfHubHTTPError):
+            status = cause.response.status_code
+            what, fix = _ANSWERS.get(status, ("the hub did not take it", "read what it says, and try again"))
+            if status >= 500:
+                what, fix = "the hub has trouble of its own", "try again later; nothing was committed"
+        found = str(cause).strip() or type(cause).__name__
+        raise HubError(what, where=repository, found=found.replace(token, "…") if token else found,
+                       expected="a repository that takes the upload", fix=fix) from error
 
 
 _ANSWERS = {
-    401: ("the hub does not know this token", "run `hf auth login` again, or pass a valid token="),
+    401: ("the hub knows no such user or token", "run `hf auth login`, or pass a valid token="),
     403: ("this token may not write there", "use a token with write access, and a repository you may write to"),
     404: ("there is no such repository, or the token may not see it", "check the name, and that the token may write"),
     409: ("somebody else wrote to the repository at the same time", "try again"),
@@ -130,9 +134,3 @@ _ANSWERS = {
     429: ("the hub was asked too often", "wait some minutes and try again"),
 }
 
-
-def _refused(what: str, repository: str, error: Exception, token: str | None, fix: str) -> HubError:
-    found = str(error).strip() or type(error).__name__
-    if token:
-        found = found.replace(token, "…")
-    return HubError(what, where=repository, found=found, expected="a repository that takes the upload", fix=fix)
