@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+import yaml
+
 TOKEN = "hf_thisIsNotARealTokenButMustNeverBePrinted"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -59,6 +61,12 @@ class Store(BaseHTTPRequestHandler):
                 return self.answer(422, b"{}")
             self.objects[oid] = body
             return self.answer(200, b"")
+        if path == "/api/validate-yaml":
+            head = yaml.safe_load(json.loads(body)["content"].split("---")[1])
+            wrong = [name for name in ("library_name", "license", "base_model", "pipeline_tag")
+                     if not isinstance(head.get(name, ""), str)]
+            errors = [{"message": f'"{name}" must be a string'} for name in wrong]
+            return self.answer(400 if wrong else 200, self.json(errors=errors, warnings=[]))
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
             return self.answer(401, b'{"error": "Invalid username or password."}')
         if path == "/api/repos/create":
