@@ -6,7 +6,7 @@ import torch
 from gazelle.base.errors import ModelError
 from gazelle.quantize.awq import input_scales, output_error
 from gazelle.quantize.gptq import gptq
-from gazelle.quantize.groups import Grid, Steps, fit, rounded, rounded_column
+from gazelle.quantize.groups import Grid, Steps, fit, nearest, rounded
 
 N, K, GROUP = 24, 192, 32
 
@@ -36,7 +36,7 @@ def textbook(weight, gram, grid, act_order):
             part = slice(column, column + GROUP)
             now = fit(weight[:, part], grid, importance[part])
             fixed.step[:, group], fixed.zero[:, group] = now.step[:, 0], now.zero[:, 0]
-        number = rounded_column(weight[:, column], fixed, group)
+        number = nearest(weight[:, column], fixed.step[:, group], fixed.zero[:, group])
         numbers[:, column] = number
         error = (weight[:, column] - number) / inverse[column, column]
         done[column] = True

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gazelle.quantize.groups import Grid, fit, rounded
 
-_POWERS = 20
+_POWERS = 10
 
 
 def input_scales(weight: Tensor, gram: Tensor, magnitude: Tensor, grid: Grid) -> Tensor:
@@ -28,7 +28,7 @@ def input_scales(weight: Tensor, gram: Tensor, magnitude: Tensor, grid: Grid) ->
     best = torch.ones_like(magnitude)
     least = output_error(rounded(weight, fit(weight, grid), grid) - weight, gram)
     level = magnitude.clamp(min=magnitude.max() * 1e-4 + torch.finfo(magnitude.dtype).tiny)
-    for number in range(1, _POWERS):
+    for number in range(1, _POWERS + 1):
         scales = level ** (number / _POWERS)
         scales = scales / (scales.max() * scales.min()).sqrt()
         scaled = weight * scales

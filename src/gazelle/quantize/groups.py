@@ -36,10 +36,6 @@ class Steps:
     step: Tensor
     zero: Tensor
 
-    def of_columns(self, groups: Tensor) -> "Steps":
-        """Those of columns whose groups are given, one a column."""
-        return Steps(self.step[:, groups], self.zero[:, groups])
-
 
 def fit(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Steps:
     """Steps for a weight [N, K].
@@ -56,7 +52,7 @@ def fit(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Steps:
     least = torch.full_like(low, torch.inf)
     for shrink in _SHRINK:
         steps = _steps(low * shrink, high * shrink, grid)
-        error = (_nearest(parts, steps.step[..., None], steps.zero[..., None]) - parts).square().mul_(weights).sum(-1)
+        error = (nearest(parts, steps.step[..., None], steps.zero[..., None]) - parts).square().mul_(weights).sum(-1)
         better = error < least
         least = torch.where(better, error, least)
         best = Steps(torch.where(better, steps.step, best.step), torch.where(better, steps.zero, best.zero))
@@ -66,12 +62,7 @@ def fit(weight: Tensor, grid: Grid, importance: Tensor | None = None) -> Steps:
 def rounded(weight: Tensor, steps: Steps, grid: Grid) -> Tensor:
     """The nearest numbers that `steps` allow, [N, K] in the type of `weight`, exactly as they are read back."""
     parts = weight.unflatten(1, (-1, grid.group))
-    return _nearest(parts, steps.step[..., None], steps.zero[..., None]).flatten(1)
-
-
-def rounded_column(column: Tensor, steps: Steps, group: int) -> Tensor:
-    """The same for one column [N] of a group."""
-    return _nearest(column, steps.step[:, group], steps.zero[:, group])
+    return nearest(parts, steps.step[..., None], steps.zero[..., None]).flatten(1)
 
 
 def _steps(low: Tensor, high: Tensor, grid: Grid) -> Steps:
@@ -85,7 +76,8 @@ def _steps(low: Tensor, high: Tensor, grid: Grid) -> Steps:
     return Steps(step, zero.clamp(_LEAST, _MOST).to(torch.int8))
 
 
-def _nearest(numbers: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+def nearest(numbers: Tensor, step: Tensor, zero: Tensor) -> Tensor:
+    """`numbers` as they are read back from the codes nearest to them, in their own type; shapes are broadcast."""
     wide = step.to(numbers.dtype)
     codes = (numbers / wide + zero).round_().clamp_(_LEAST, _MOST)
     # The difference is a small integer, so one product in a wider type rounded once is the product in the steps' type.
