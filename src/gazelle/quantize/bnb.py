@@ -68,6 +68,20 @@ def eight_bits(module: Any) -> tuple[Tensor, Tensor]:
     return module.weight.data, scales.to(module.weight.device)
 
 
+def pack_nf4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """A weight [N, K] in NF4 with quantised scales, as bitsandbytes' checkpoints keep it.
+
+    Returns:
+        The tensors by what follows the name of their layer, such as "weight.absmax"; and the numbers that are read
+        back, in the type of `weight`.
+    """
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
+    parts = {"weight": packed} | {f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}
+    return parts, functional.dequantize_4bit(packed, state)
+
+
 def forbid_repacking(model: nn.Module) -> None:
     """Keep 4-bit weights as they were loaded.
 
