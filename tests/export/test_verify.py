@@ -74,8 +74,8 @@ def test_a_merged_model_in_plain_transformers(model, tokenizer, tmp_path):
     adapted = adapt(model("llama")).eval()
     probe = probe_of(tokenizer)
     reference = ask_model(adapted, probe)
-    folder = save_merged(adapted, tokenizer, tmp_path / "out", dtype="float32")
-    given, logits = hf.answer(probe.request() | {"path": str(folder)})
+    save_merged(adapted, tokenizer, tmp_path / "out", dtype="float32")
+    given, logits = hf.answer(probe.request() | {"path": str(tmp_path / "out")})
     checks = {check.name: check for check in compare(probe, reference, given, logits)}
     assert checks["error of logits"].values["largest"] < 1e-4
     assert checks["token ids"].ok and checks["template"].ok and checks["stop tokens"].ok

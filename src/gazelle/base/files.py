@@ -94,10 +94,14 @@ def disk_errors(target: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in _FULL:
             raise
-        free = shutil.disk_usage(next(folder for folder in (target, *target.parents) if folder.exists())).free
-        raise OutputError("the files cannot be written", where=str(target), found=f"{error.strerror or error}, "
-                          f"{free:,} bytes free", expected="more room, or a larger limit on the size of files",
+        raise OutputError("the files cannot be written", where=str(target), found=f"{error.strerror or error}; "
+                          f"{free_bytes(target):,} bytes free", expected="more room, or a larger limit on file sizes",
                           fix="make room, or choose a folder on another disk") from error
+
+
+def free_bytes(target: Path) -> int:
+    """Bytes free on the disk on which `target` lies, or will lie."""
+    return shutil.disk_usage(next(folder for folder in (target, *target.parents) if folder.exists())).free
 
 
 def write_text(path: Path, text: str) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gazelle.base.errors import ModelError, OutputError
+from gazelle.base.files import free_bytes
 from gazelle.export.gguf_recipe import Recipe
 from gazelle.quantize.gguf import KINDS, quantize
 
@@ -83,8 +84,10 @@ class GgufOutput:
         try:
             yield
         except OSError as error:
+            found = error.strerror or f"a write that was cut short, {error}"  # numpy's has no number
             raise OutputError("the GGUF file cannot be written", where=str(self.path.parent),
-                              found=error.strerror or str(error), expected=f"room for {self.size:,} bytes",
+                              found=f"{found}; {free_bytes(self.path):,} bytes free",
+                              expected=f"room for {self.size:,} bytes",
                               fix="make room, or choose a folder on another disk") from error
 
 

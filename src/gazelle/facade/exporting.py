@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.files import check_writable
+from gazelle.base.log import logger
 from gazelle.base.progress import tell
 from gazelle.models.card import write_card
 from gazelle.models.checkpoint import find_checkpoint
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
     from gazelle.export.verify import Verification
 
-Write = Callable[[Any, Any, Path, list[str]], list[Path]]
+Write = Callable[[Any, Any, Path, list[str], Any], list[Path]]
+_CALIBRATED = ("awq", "gptq")
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Format:
     Attributes:
         ways: what may stand behind the colon; None for GGUF's many, which have a table of their own.
         default: what is taken without a colon.
-        write: (model, tokenizer, folder, ways) to files.
+        write: (model, tokenizer, folder, ways, calibration) to files.
         library: what the hub calls the library that reads it.
         consumer: how `verify` has it read.
         several: whether several ways may be asked for at once.
@@ -68,22 +70,29 @@ class Exported:
     verified: "list[Verification]"
 
 
-def _gguf(model: Any, tokenizer: Any, folder: Path, ways: list[str]) -> list[Path]:
+def _gguf(model: Any, tokenizer: Any, folder: Path, ways: list[str], calibration: Any) -> list[Path]:
     from gazelle.export.gguf import export_gguf
 
     return export_gguf(model, tokenizer, folder, ways)
 
 
-def _merged(model: Any, tokenizer: Any, folder: Path, ways: list[str]) -> list[Path]:
+def _merged(model: Any, tokenizer: Any, folder: Path, ways: list[str], calibration: Any) -> list[Path]:
     from gazelle.models.save import save_merged
 
-    method = f"merged_{ways[0]}" if ways[0] in ("16bit", "4bit") else ways[0]
-    save_merged(model, tokenizer, folder, save_method=method)
+    way, = ways
+    if way in _CALIBRATED or way == "fp8":
+        from gazelle.export.quantised import save_quantised
+
+        report = save_quantised(model, tokenizer, folder, way, calibration=calibration)
+    else:
+        report = save_merged(model, tokenizer, folder, save_method=way if way == "lora" else f"merged_{way}")
+    if report.errors:
+        logger.info("%s: farthest from the merged model is %s, by %.2g", folder, *report.worst)
     return sorted(path for path in folder.iterdir() if path.is_file())
 
 
 FORMATS = {
-    "merged": Format(("16bit", "lora"), "16bit", _merged, "transformers", "hf"),
+    "merged": Format(("16bit", "4bit", "lora", "fp8", "awq", "gptq"), "16bit", _merged, "transformers", "hf"),
     "gguf": Format(None, "q8_0", _gguf, "gguf", "gguf", several=True),
 }
 
@@ -175,8 +184,8 @@ def export_checkpoint(model_name: str, to: list[str], output: Path | None = None
         find_library(llama)
     checkpoint = find_checkpoint(model_name)
     rows = None
-    if data is not None or verify:
-        from gazelle.facade.verifying import find_rows
+    if data is not None or verify or any(way in _CALIBRATED for target in targets for way in target.ways):
+        from gazelle.facade.rows import find_rows
 
         rows = find_rows(checkpoint.folder, data)
     recorded = checkpoint.adapter is not None and "load_in_4bit" in read_record(checkpoint.folder)
@@ -192,7 +201,9 @@ def export_checkpoint(model_name: str, to: list[str], output: Path | None = None
         began = time.perf_counter()
         tell(f"writing {target.label}")
         chosen = FORMATS[target.name]
-        files = chosen.write(model, tokenizer, target.folder, target.ways)
+        # An importance matrix for GGUF takes time, so that it is made of rows that the user names alone.
+        calibration = rows if target.name != "gguf" or data is not None else None
+        files = chosen.write(model, tokenizer, target.folder, target.ways, calibration)
         library = "peft" if target.ways == ["lora"] else chosen.library
         write_card(target.folder, model, library=library, files=files, run_folder=checkpoint.folder)
         seconds = time.perf_counter() - began

@@ -1,37 +1,15 @@
-"""Verifying exports against the model in memory, on rows that the user names or that the run was trained on."""
+"""Verifying the exports of a model in memory."""
 
 from pathlib import Path
 from typing import Any
 
 from gazelle.adapters.unwrap import unwrap
-from gazelle.base.log import logger
-from gazelle.data.load import Loaded, load_conversations
+from gazelle.data.load import Loaded
 from gazelle.data.templates import ensure_template
 from gazelle.export.verify import Verification, verify
 from gazelle.export.verify_probe import ask_model, make_probe
 from gazelle.models.checkpoint import find_checkpoint
-from gazelle.models.record import read_record
 from gazelle.models.special_tokens import stop_ids
-
-
-def find_rows(folder: Path, data: str | None) -> Loaded | None:
-    """Rows to verify with or to calibrate on: of the file `data`, else of the run that left `folder`; None without.
-
-    A run's evaluation rows come before those it was trained on.
-
-    Raises:
-        DataError: `data` cannot be read.
-    """
-    run = read_record(folder).get("run") or {}
-    options = {name: run.get(name) for name in ("format", "columns", "system") if run.get(name)}
-    if data is not None:
-        return load_conversations(data, system=options.get("system"))
-    for source, split in ((run.get("eval"), "eval"), (run.get("train"), "train")):
-        if source and Path(source).exists():
-            return load_conversations(source, split=split, **options)
-        if source:
-            logger.info("The rows of the run are not at %s any more.", source)
-    return None
 
 
 class Verifier:

@@ -3,7 +3,6 @@
 import contextlib
 import copy
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ from torch import Tensor
 from gazelle.adapters.merge import merged_tensors
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError, OptionError, OutputError, nearest
-from gazelle.base.files import check_writable, staged_folder
+from gazelle.base.files import check_writable, free_bytes, staged_folder
 from gazelle.models.card import is_empty_form, is_untouched
 from gazelle.models.plain import inner_linears, plain_model
 from gazelle.models.record import RECORD, record_base
@@ -223,8 +222,7 @@ def _generation_config(base: Any) -> "GenerationConfig | None":
 
 def check_space(target: Path, needed: int) -> None:
     """Raise `OutputError` if the disk on which `target` lies, or will lie, has less than `needed` bytes free."""
-    nearest_folder = next(folder for folder in (target, *target.parents) if folder.exists())
-    free = shutil.disk_usage(nearest_folder).free
+    free = free_bytes(target)
     if needed > free:
         raise OutputError("not enough disk space for the model", where=str(target), found=f"{free:,} bytes free",
                           expected=f"{needed:,} bytes", fix="make room, or choose a folder on another disk")

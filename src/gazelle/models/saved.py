@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from gazelle.base.errors import ModelError
+from gazelle.base.progress import tell
 from gazelle.models.checkpoint import check_finite
 from gazelle.models.shards import ShardWriter
 
@@ -69,6 +70,7 @@ class CheckpointOutput:
         """
         from transformers.core_model_loading import revert_weight_conversion
 
+        tell(name)
         kept = self.rounded(name, tensor)
         self.report.errors[name] = relative_error(kept, tensor)
         for hub_name, part in revert_weight_conversion(self.base, {name: kept}).items():
@@ -98,6 +100,7 @@ class CheckpointOutput:
         """
         from transformers.core_model_loading import revert_weight_conversion
 
+        tell(name)
         self.report.errors[name] = relative_error(kept, merged)
         hub_name, = revert_weight_conversion(self.base, {name: kept})
         stem = hub_name.removesuffix("weight")
