@@ -55,8 +55,8 @@ class GgufOutput:
             self._writer.write_kv_data_to_file()
             self._writer.write_ti_data_to_file()
 
-    def write(self, name: str, weight: Tensor) -> None:
-        """Quantise and write the next tensor, which is in float32 on the CPU."""
+    def write(self, name: str, weight: Tensor, importance: Tensor | None = None) -> None:
+        """Quantise and write the next tensor, which is in float32 on the CPU; `importance` has a number a column."""
         import torch
 
         kind = self._kinds[name]
@@ -66,7 +66,7 @@ class GgufOutput:
         rows = weight.reshape(-1, weight.shape[-1])
         step = max(1, _CHUNK // rows.shape[1])
         try:
-            parts = [quantize(part, kind).reshape(-1) for part in rows.split(step)]
+            parts = [quantize(part, kind, importance).reshape(-1) for part in rows.split(step)]
         except ModelError as error:
             raise ModelError(error.what, where=name, found=error.found, expected=error.expected,
                              fix='use quantization_method="bf16"') from error

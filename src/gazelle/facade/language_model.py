@@ -177,6 +177,8 @@ def _save_pretrained_gguf(
     save_directory: str,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     quantization_method: str | list[str] = "q8_0",
+    save_method: str = "merged",
+    calibration: Any = None,
 ) -> "list[Path]":
     """Write GGUF files for llama.cpp, Ollama and LM Studio, such as `model-Q4_K_M.gguf`; an adapter is merged first.
 
@@ -184,15 +186,25 @@ def _save_pretrained_gguf(
         save_directory: made if need be; other files in it stay. Each file appears whole or not at all.
         tokenizer: written into the files. Left out: the one that the model was loaded with.
         quantization_method: "q4_k_m", "q8_0", "f16" or another one of llama.cpp's names, or a list of them.
+        save_method: "merged", or "lora" for the adapter alone, as `adapter.gguf`, which llama.cpp puts on a GGUF file
+            of the base.
+        calibration: rows, in any form that training takes, on which the model is run to see which columns of each
+            weight matter most; they are quantised with smaller errors then.
 
     Returns:
         The files.
     """
     from gazelle.export.gguf import export_gguf
+    from gazelle.export.gguf_adapter import export_gguf_adapter
 
+    if save_method not in ("merged", "lora"):
+        raise OptionError("no such way to save a model as GGUF", where="save_method", found=save_method,
+                          expected="merged or lora", fix=nearest(save_method, ("merged", "lora")))
     if tokenizer is None:
         tokenizer = loaded_tokenizer(self)
-    return export_gguf(self, tokenizer, save_directory, quantization_method)
+    if save_method == "lora":
+        return [export_gguf_adapter(self, tokenizer, f"{save_directory}/adapter.gguf")]
+    return export_gguf(self, tokenizer, save_directory, quantization_method, calibration=calibration)
 
 
 def _save_pretrained_merged(
