@@ -13,12 +13,14 @@ import numpy as np
 from gazelle.base.errors import UserError, shorten
 from gazelle.base.files import write_text
 from gazelle.base.log import logger
+from gazelle.base.optional import version
 from gazelle.base.progress import tell
 from gazelle.export.consumers.llama import find_library
 from gazelle.export.verify_probe import Probe, Reference
 from gazelle.models.gguf_file import read_gguf
 
 _NO_LLAMA = "not verified: llama.cpp is not installed; name the folder of an unpacked release with --llama"
+_NO_ORT = "not verified: onnxruntime is not installed; pip install onnxruntime"
 _WORSE = 1.5  # no way of quantising that is of use raises the perplexity so much
 
 
@@ -65,16 +67,17 @@ class Verification:
 
 
 def verify(path: Path, kind: str, probe: Probe, reference: Reference, tokenizer: Any, *, llama: str | None = None,
-           vllm: str | None = None, base: dict[str, Any] | None = None) -> Verification:
+           vllm: str | None = None, base: dict[str, Any] | None = None, lora: Path | None = None) -> Verification:
     """Ask one export.
 
     Args:
         path: a GGUF file, or a folder.
-        kind: "gguf", "hf" (a folder of safetensors, or an adapter), "vllm" or "onnx".
+        kind: "gguf", "hf" (a folder of safetensors, or an adapter), "vllm" or "onnx" (folders as well).
         probe, reference: from `make_probe` and `ask_model`.
         tokenizer: the model's; it renders the conversations with the export's own template.
         llama: where llama.cpp is, as `find_library` takes it.
         vllm: a Python that has vLLM, which then reads all but GGUF and ONNX.
+        lora: an adapter as GGUF, which is what is verified; `path` is its base then.
         base: for an adapter, how its base is loaded: `folder`, `load_in_4bit`, `rows` and so on.
     """
     tell(f"verifying {path.name}")
@@ -91,16 +94,23 @@ def verify(path: Path, kind: str, probe: Probe, reference: Reference, tokenizer:
         rendered = [tokenizer.apply_chat_template(chat, chat_template=template, tokenize=False,
                                                   add_generation_prompt=True) for chat in probe.chats if template]
         name, request = "llama", request | {"library": str(library), "chats": rendered}
+        if lora is not None:
+            request["lora"] = str(lora)
+    elif kind == "onnx":
+        if version("onnxruntime") is None:
+            return Verification(str(path), "", probe.source, _NO_ORT, [])
+        name = "ort"
     elif vllm is not None:
         name, command = "vllm", [vllm, str(Path(__file__).parent / "consumers" / "vllm_script.py")]
     elif kind == "vllm":
         note = "vLLM was not asked, but transformers: name a Python that has vLLM with --vllm"
+    export = str(lora or path)
     try:
         given, logits = run_consumer(command if name == "vllm" else [*command, name], request)
     except ConsumerError as error:
-        return Verification(str(path), "", probe.source, f"{name}: {error}",
+        return Verification(export, "", probe.source, f"{name}: {error}",
                             [Check("loads", shorten(str(error), 60), ok=False)])
-    return Verification(str(path), given["consumer"], probe.source, note, compare(probe, reference, given, logits))
+    return Verification(export, given["consumer"], probe.source, note, compare(probe, reference, given, logits))
 
 
 class ConsumerError(Exception):

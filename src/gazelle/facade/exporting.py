@@ -1,7 +1,7 @@
 """Exporting from what a user has at hand: a folder, or a model without its tokenizer."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.files import check_writable
-from gazelle.base.log import logger
 from gazelle.base.progress import tell
+from gazelle.facade.formats import CALIBRATED, FORMATS, find_ways, usage
 from gazelle.models.card import write_card
 from gazelle.models.checkpoint import find_checkpoint
 from gazelle.models.load import load_model, load_tokenizer
@@ -20,31 +20,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from gazelle.export.verify import Verification
-
-Write = Callable[[Any, Any, Path, list[str], Any], list[Path]]
-_CALIBRATED = ("awq", "gptq")
-
-
-@dataclass(frozen=True)
-class Format:
-    """One row of `FORMATS`.
-
-    Attributes:
-        ways: what may stand behind the colon; None for GGUF's many, which have a table of their own.
-        default: what is taken without a colon.
-        write: (model, tokenizer, folder, ways, calibration) to files.
-        library: what the hub calls the library that reads it.
-        consumer: how `verify` has it read.
-        several: whether several ways may be asked for at once.
-    """
-
-    ways: tuple[str, ...] | None
-    default: str
-    write: Write
-    library: str
-    consumer: str
-    several: bool = False
-
 
 @dataclass(frozen=True)
 class Target:
@@ -70,33 +45,6 @@ class Exported:
     verified: "list[Verification]"
 
 
-def _gguf(model: Any, tokenizer: Any, folder: Path, ways: list[str], calibration: Any) -> list[Path]:
-    from gazelle.export.gguf import export_gguf
-
-    return export_gguf(model, tokenizer, folder, ways)
-
-
-def _merged(model: Any, tokenizer: Any, folder: Path, ways: list[str], calibration: Any) -> list[Path]:
-    from gazelle.models.save import save_merged
-
-    way, = ways
-    if way in _CALIBRATED or way == "fp8":
-        from gazelle.export.quantised import save_quantised
-
-        report = save_quantised(model, tokenizer, folder, way, calibration=calibration)
-    else:
-        report = save_merged(model, tokenizer, folder, save_method=way if way == "lora" else f"merged_{way}")
-    if report.errors:
-        logger.info("%s: farthest from the merged model is %s, by %.2g", folder, *report.worst)
-    return sorted(path for path in folder.iterdir() if path.is_file())
-
-
-FORMATS = {
-    "merged": Format(("16bit", "4bit", "lora", "fp8", "awq", "gptq"), "16bit", _merged, "transformers", "hf"),
-    "gguf": Format(None, "q8_0", _gguf, "gguf", "gguf", several=True),
-}
-
-
 def parse_targets(model_name: str, to: list[str], output: Path | None = None) -> list[Target]:
     """What `--to` asks for, each once, with a folder for each: MODEL-gguf and the like beside the model.
 
@@ -114,9 +62,9 @@ def parse_targets(model_name: str, to: list[str], output: Path | None = None) ->
         name, _, behind = text.strip().lower().partition(":")
         if (name := name.strip()) not in FORMATS:
             raise OptionError("there is no such format to export to", where="--to", found=text,
-                              expected=", ".join(map(_usage, FORMATS)), fix=nearest(name, FORMATS))
-        ways = _ways(name, behind, text)
-        suffix = name if name == "gguf" or ways == _ways(name, "", text) else f"{name}-{'-'.join(ways)}"
+                              expected=", ".join(map(usage, FORMATS)), fix=nearest(name, FORMATS))
+        ways = find_ways(name, behind, text)
+        suffix = name if FORMATS[name].several or ways == find_ways(name, "", text) else f"{name}-{ways[0]}"
         earlier = targets.get(suffix)
         targets[suffix] = Target(name, list(dict.fromkeys([*(earlier.ways if earlier else ()), *ways])), Path(suffix))
     path = Path(model_name).expanduser()
@@ -131,29 +79,6 @@ def parse_targets(model_name: str, to: list[str], output: Path | None = None) ->
         check_writable(folder.absolute())
         found.append(Target(target.name, target.ways, folder))
     return found
-
-
-def _usage(name: str) -> str:
-    ways = FORMATS[name].ways
-    return f"{name}:METHOD,…" if ways is None else f"{name}[:{'|'.join(ways)}]" if ways else name
-
-
-def _ways(name: str, behind: str, text: str) -> list[str]:
-    chosen = FORMATS[name]
-    if chosen.ways is None:
-        from gazelle.export.gguf_recipe import find_recipes
-
-        return list(find_recipes(behind or chosen.default, where="--to"))
-    wanted = behind or chosen.default
-    ways = [way.strip().removeprefix("merged_") for way in wanted.split(",")] if wanted else []
-    for way in ways:
-        if way not in chosen.ways:
-            raise OptionError(f"{name} cannot be had in this way", where="--to", found=text, expected=_usage(name),
-                              fix=nearest(way, chosen.ways) if chosen.ways else f"write --to {name}")
-    if len(ways) > 1 and not chosen.several:
-        raise OptionError(f"{name} is written in one way at a time", where="--to", found=text, expected=_usage(name),
-                          fix=" ".join(f"--to {name}:{way}" for way in ways))
-    return ways
 
 
 def export_checkpoint(model_name: str, to: list[str], output: Path | None = None, *, data: str | None = None,
@@ -184,7 +109,7 @@ def export_checkpoint(model_name: str, to: list[str], output: Path | None = None
         find_library(llama)
     checkpoint = find_checkpoint(model_name)
     rows = None
-    if data is not None or verify or any(way in _CALIBRATED for target in targets for way in target.ways):
+    if data is not None or verify or any(way in CALIBRATED for target in targets for way in target.ways):
         from gazelle.facade.rows import find_rows
 
         rows = find_rows(checkpoint.folder, data)
@@ -202,7 +127,7 @@ def export_checkpoint(model_name: str, to: list[str], output: Path | None = None
         tell(f"writing {target.label}")
         chosen = FORMATS[target.name]
         # An importance matrix for GGUF takes time, so that it is made of rows that the user names alone.
-        calibration = rows if target.name != "gguf" or data is not None else None
+        calibration = rows if data is not None or not chosen.several else None
         files = chosen.write(model, tokenizer, target.folder, target.ways, calibration)
         library = "peft" if target.ways == ["lora"] else chosen.library
         write_card(target.folder, model, library=library, files=files, run_folder=checkpoint.folder)

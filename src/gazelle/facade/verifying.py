@@ -1,5 +1,6 @@
 """Verifying the exports of a model in memory."""
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ class Verifier:
 
     def __init__(self, model: Any, tokenizer: Any, rows: Loaded | None, *, llama: str | None = None,
                  vllm: str | None = None) -> None:
+        self._model = model
         self._tokenizer, self._llama, self._vllm = tokenizer, llama, vllm
         base = unwrap(model)
         if rows is not None and any(row.text is None for row in rows.conversations):
@@ -28,7 +30,9 @@ class Verifier:
 
     def check(self, folder: Path, files: list[Path], consumer: str) -> list[Verification]:
         """Verify an export, each file of it if it is GGUF, and write down the results beside it."""
-        paths = files if consumer == "gguf" else [folder]
+        if consumer == "gguf-lora":
+            return [self._adapter(files[0])]
+        paths = [path for path in files if path.suffix == ".gguf"] if consumer == "gguf" else [folder]
         found = []
         for path in paths:
             is_adapter = (path / "adapter_config.json").exists()
@@ -37,6 +41,17 @@ class Verifier:
             verified.write()
             found.append(verified)
         return found
+
+    def _adapter(self, adapter: Path) -> Verification:
+        """An adapter as GGUF needs its base as GGUF, which goes away again."""
+        from gazelle.export.gguf import export_gguf
+
+        with tempfile.TemporaryDirectory() as scratch, self._model.disable_adapter():
+            base, = export_gguf(self._model, self._tokenizer, scratch, "f16")
+            verified = verify(base, "gguf", self._probe, self._reference, self._tokenizer, llama=self._llama,
+                              lora=adapter)
+        verified.write()
+        return verified
 
     @staticmethod
     def _base_of(model: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 A consumer gets a request, a dict:
 
+    lora      an adapter as a GGUF file, to be put on the model at `path`
     path      the export, a file or a folder
     texts     strings to tokenise, special tokens written in them taken as such
     chats     conversations to render with the export's own template, and to tokenise

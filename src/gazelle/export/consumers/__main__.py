@@ -31,6 +31,10 @@ def _answer(name: str, request: dict[str, Any]) -> tuple[dict[str, Any], "np.nda
         from gazelle.export.consumers import llama
 
         return llama.answer(request, Path(request["library"]))
+    if name == "ort":
+        from gazelle.export.consumers import ort
+
+        return ort.answer(request)
     from gazelle.export.consumers import hf
 
     return hf.answer(request)

@@ -9,7 +9,7 @@ import ctypes
 import importlib.util
 import shutil
 import sys
-from ctypes import POINTER, Structure, c_bool, c_char, c_char_p, c_float, c_int8, c_int32, c_uint32, c_void_p
+from ctypes import POINTER, Structure, c_bool, c_char, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +75,17 @@ class Llama:
     def __init__(self, path: Path, library: Path, longest: int, threads: int) -> None:
         self._said: list[str] = []
         self.c = _load(library, self._said)
-        self._model = self.c.llama_model_load_from_file(str(path).encode(), self.c.llama_model_default_params())
-        if not self._model:
-            raise self._refused("llama.cpp cannot load the file", path)
+        self.model = self.c.llama_model_load_from_file(str(path).encode(), self.c.llama_model_default_params())
+        if not self.model:
+            raise self.refused("llama.cpp cannot load the file", path)
         settings = self.c.llama_context_default_params()
         settings.n_ctx = settings.n_batch = settings.n_ubatch = longest
-        self._context = self.c.llama_init_from_model(self._model, settings)
-        if not self._context:
-            raise self._refused("llama.cpp cannot run the model", path)
-        self.c.llama_set_n_threads(self._context, threads, threads)
+        self.context = self.c.llama_init_from_model(self.model, settings)
+        if not self.context:
+            raise self.refused("llama.cpp cannot run the model", path)
+        self.c.llama_set_n_threads(self.context, threads, threads)
         self._path = path
-        self._vocabulary = self.c.llama_model_get_vocab(self._model)
+        self._vocabulary = self.c.llama_model_get_vocab(self.model)
         self.size: int = self.c.llama_vocab_n_tokens(self._vocabulary)
         self._batch = self.c.llama_batch_init(longest, 0, 1)
         self._at = 0
@@ -96,7 +96,7 @@ class Llama:
         ids = (c_int32 * (len(data) + 8))()
         count = self.c.llama_tokenize(self._vocabulary, data, len(data), ids, len(ids), False, True)
         if count < 0:
-            raise self._refused("llama.cpp cannot tokenise a text", self._path)
+            raise self.refused("llama.cpp cannot tokenise a text", self._path)
         return list(ids[:count])
 
     def ends(self) -> list[int]:
@@ -106,7 +106,7 @@ class Llama:
     def clear(self) -> None:
         """Begin a new row."""
         self._at = 0
-        self.c.llama_memory_clear(self.c.llama_get_memory(self._context), True)
+        self.c.llama_memory_clear(self.c.llama_get_memory(self.context), True)
 
     def feed(self, ids: list[int], wanted: list[int]) -> "np.ndarray[Any, np.dtype[np.float32]]":
         """Go on with the row by `ids`; the logits [wanted, vocabulary] behind those at the indices `wanted`."""
@@ -116,13 +116,14 @@ class Llama:
         for i, token in enumerate(ids):
             batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, self._at + i, 1, i in chosen
             batch.seq_id[i][0] = 0
-        if self.c.llama_decode(self._context, batch) != 0:
-            raise self._refused("llama.cpp cannot compute a row", self._path)
+        if self.c.llama_decode(self.context, batch) != 0:
+            raise self.refused("llama.cpp cannot compute a row", self._path)
         self._at += len(ids)
-        rows = [np.ctypeslib.as_array(self.c.llama_get_logits_ith(self._context, i), (self.size,)) for i in wanted]
+        rows = [np.ctypeslib.as_array(self.c.llama_get_logits_ith(self.context, i), (self.size,)) for i in wanted]
         return np.stack(rows) if rows else np.empty((0, self.size), np.float32)
 
-    def _refused(self, what: str, path: Path) -> ModelError:
+    def refused(self, what: str, path: Path) -> ModelError:
+        """An error with what llama.cpp said last."""
         return ModelError(what, where=str(path), found="".join(self._said[-6:]) or "no reason given",
                           expected="a file that this llama.cpp reads", fix="try a newer llama.cpp with --llama")
 
@@ -132,6 +133,8 @@ def answer(request: dict[str, Any], library: Path) -> tuple[dict[str, Any], "np.
     longest = max([len(row["ids"]) for row in request["rows"]]
                   + [len(prompt) + request["tokens"] for prompt in request["prompts"]], default=1)
     llama = Llama(Path(request["path"]), library, longest, request["threads"])
+    if "lora" in request:
+        _put_adapter(llama, Path(request["lora"]))
     logprobs, likeliest, kept = [], [], []
     room = request["kept"]
     for row in request["rows"]:
@@ -150,6 +153,16 @@ def answer(request: dict[str, Any], library: Path) -> tuple[dict[str, Any], "np.
              "answers": [_greedy(llama, prompt, request) for prompt in request["prompts"]],
              "logprobs": logprobs, "likeliest": likeliest}
     return given, np.concatenate(kept) if kept else None
+
+
+def _put_adapter(llama: Llama, path: Path) -> None:
+    adapter = llama.c.llama_adapter_lora_init(llama.model, str(path).encode())
+    if not adapter:
+        raise llama.refused("llama.cpp cannot load the adapter", path)
+    if hasattr(llama.c, "llama_set_adapters_lora"):
+        llama.c.llama_set_adapters_lora(llama.context, (c_void_p * 1)(adapter), 1, (c_float * 1)(1.0))
+    else:  # before 2026
+        llama.c.llama_set_adapter_lora(llama.context, adapter, 1.0)
 
 
 def _greedy(llama: Llama, prompt: list[int], request: dict[str, Any]) -> list[int]:
@@ -222,5 +235,11 @@ def _declare(c: Any) -> None:
     c.llama_tokenize.argtypes = [c_void_p, c_char_p, c_int32, POINTER(c_int32), c_int32, c_bool, c_bool]
     c.llama_memory_clear.argtypes = [c_void_p, c_bool]
     c.llama_vocab_is_eog.argtypes = [c_void_p, c_int32]
+    c.llama_adapter_lora_init.restype = c_void_p
+    c.llama_adapter_lora_init.argtypes = [c_void_p, c_char_p]
+    if hasattr(c, "llama_set_adapters_lora"):
+        c.llama_set_adapters_lora.argtypes = [c_void_p, POINTER(c_void_p), c_size_t, POINTER(c_float)]
+    else:
+        c.llama_set_adapter_lora.argtypes = [c_void_p, c_void_p, c_float]
     for name in ("llama_model_get_vocab", "llama_get_memory", "llama_vocab_n_tokens"):
         getattr(c, name).argtypes = [c_void_p]
