@@ -48,7 +48,8 @@ def test_no_command_is_untested() -> None:
         ".venv/bin/gazelle chat out/demo",
         "gazelle recipes", "gazelle recipes lora > my.yaml", "gazelle train my.yaml --dry-run",
         "gazelle train my.yaml train.learning_rate=1e-4", "gazelle train my.yaml --print-recipe",
-        "gazelle chat out/lora", "gazelle export out/lora --to gguf:q4_k_m,q8_0", "gazelle doctor", "gazelle bench",
+        "gazelle chat out/lora", "gazelle export out/lora --to gguf:q4_k_m,q8_0",
+        "gazelle export out/lora --to merged --verify", "gazelle doctor", "gazelle bench",
         "gazelle plan SmolLM2-135M-Instruct.gguf --seq 512 --batch 8 --budget 3GB",
     }
 
@@ -100,7 +101,11 @@ def test_the_commands_of_a_recipe(
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello?\n"))
     assert main(["chat", "out/lora", "--max-new-tokens", "4"]) == 0
     assert main(["export", "out/lora", "--to", "gguf:q4_k_m,q8_0"]) == 0
-    assert {path.name for path in Path("out/lora-gguf").iterdir()} == {"model-Q4_K_M.gguf", "model-Q8_0.gguf"}
+    assert {path.name for path in Path("out/lora-gguf").iterdir()} \
+        == {"README.md", "model-Q4_K_M.gguf", "model-Q8_0.gguf"}
+    capsys.readouterr()
+    assert main(["export", "out/lora", "--to", "merged", "--verify"]) == 0
+    assert "prompts from train.jsonl" in capsys.readouterr().out.replace(str(tmp_path) + "/", "")
     assert main(["doctor"]) == 0
 
 

@@ -15,7 +15,9 @@ from gazelle.base.errors import HubError, OptionError
 from gazelle.facade.hub import _methods
 from gazelle.models.card import is_untouched
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::ResourceWarning"),
+pytestmark = [pytest.mark.usefixtures("one_thread"),
+              pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),  # huggingface_hub's own
+              pytest.mark.filterwarnings("ignore::ResourceWarning"),
               pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")]
 ROWS = [{"instruction": f"What is {n}?", "output": f"It is {n}."} for n in range(4)]
 

@@ -69,16 +69,17 @@ def push_folder(folder: Path, repository: str, model: Any, *, token: str | None,
     api = HfApi(token=token)
     card = folder / NAME
     with _refusals(repository, token):
-        if _somebodys(api, repository, revision, folder):
-            card.unlink(missing_ok=True)
-        else:
-            files = sorted(path for path in folder.rglob("*") if path.is_file() and path != card)
-            card.write_text(card_text(model, library=library, files=files, title=repository.rpartition("/")[2],
-                                      run_folder=run_folder, repository=repository, token=token), encoding="utf-8")
-        tell(f"uploading to {repository}")
-        # upload_folder would make several commits of a large folder.
-        added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path)
-                 for path in sorted(folder.rglob("*")) if path.is_file()]
+        keep = _somebodys(api, repository, revision, folder)
+    card.unlink(missing_ok=True)
+    if not keep:
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        card.write_text(card_text(model, library=library, files=files, title=repository.rpartition("/")[2],
+                                  run_folder=run_folder, repository=repository, token=token), encoding="utf-8")
+    tell(f"uploading to {repository}")
+    # upload_folder would make several commits of a large folder.
+    added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path)
+             for path in sorted(folder.rglob("*")) if path.is_file()]
+    with _refusals(repository, token):
         return api.create_commit(repository, added, commit_message=commit_message or "Upload model",
                                  commit_description=commit_description, revision=revision, create_pr=create_pr)
 
@@ -123,6 +124,12 @@ def _refusals(repository: str, token: str | None) -> Iterator[None]:
         found = str(cause).strip() or type(cause).__name__
         raise HubError(what, where=repository, found=found.replace(token, "…") if token else found,
                        expected="a repository that takes the upload", fix=fix) from error
+    except ValueError as error:
+        if not str(error).startswith("Invalid metadata"):
+            raise
+        raise HubError("the hub does not take the card's metadata", where=f"{repository}, {NAME}", found=str(error),
+                       expected="metadata that the hub knows",
+                       fix="write a README.md of your own into the repository, which then stays") from error
 
 
 _ANSWERS = {
