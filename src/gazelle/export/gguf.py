@@ -15,10 +15,11 @@ from torch import Tensor
 
 from gazelle.adapters.merge import merged_tensors
 from gazelle.adapters.unwrap import unwrap
-from gazelle.base.errors import ModelError, OutputError
+from gazelle.base.errors import ModelError
 from gazelle.base.files import check_writable, staged_file
 from gazelle.base.log import logger
 from gazelle.base.progress import tell
+from gazelle.export.checks import check_no_folder, text_config
 from gazelle.export.gguf_families import Family, check_bias, converted, family_of, fields_of
 from gazelle.export.gguf_file import GgufOutput, file_fields
 from gazelle.export.gguf_recipe import Recipe, Shape, find_recipes, kind_of
@@ -39,7 +40,8 @@ HEADER = 1 << 20  # allowed for metadata besides the vocabulary, which is counte
 
 
 def export_gguf(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | Path,
-                methods: str | list[str] = "q8_0", *, calibration: Any = None) -> list[Path]:
+                methods: str | list[str] = "q8_0", *, calibration: Any = None, add_bos: bool | None = None
+                ) -> list[Path]:
     """Write `model` to `folder` as `model-Q8_0.gguf` and the like. The model in memory stays as it is.
 
     Args:
@@ -48,6 +50,7 @@ def export_gguf(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | 
         folder: made if need be. Files of other names in it stay.
         methods: one of `gguf_recipe.RECIPES` or several, as a list or separated by commas.
         calibration: rows that show which columns of each weight matter most, in any form that `read_rows` takes.
+        add_bos: whether programs put BOS before a text; left out, they do as the tokenizer does.
 
     Returns:
         The files, in the order of `methods`.
@@ -71,6 +74,8 @@ def export_gguf(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | 
     names = tensor_names(config, family, tied)
     ends = [*stop_ids(getattr(base, "generation_config", None)), *stop_ids(base.config)]
     fields |= tokenizer_fields(tokenizer, names["model.embed_tokens.weight"][1][0], ends)
+    if add_bos is not None:
+        fields["tokenizer.ggml.add_bos_token"] = add_bos
     shape = Shape(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, tied,
                   _seventy_b(config), calibration is not None)
     paths = [target / f"model-{name.upper()}.gguf" for name in recipes]
@@ -100,26 +105,6 @@ def export_gguf(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | 
             for output in outputs:
                 output.write(name, weight, importance.get(name))
     return paths
-
-
-def check_no_folder(path: Path) -> None:
-    """Raise `OutputError` if a folder has the name of the file that is to be written."""
-    if path.is_dir():
-        raise OutputError("a folder has the name of the file", where=str(path), found="a folder",
-                          expected="a file, or nothing", fix="move it away, or export to another folder")
-
-
-def text_config(base: Any) -> Any:
-    """The config of a causal model.
-
-    Raises:
-        ModelError: a model with a language model inside.
-    """
-    if base.config.get_text_config() is not base.config:
-        raise ModelError("only models of text alone can be written as GGUF", where=type(base).__name__,
-                         found="a language model inside another model", expected="a causal language model",
-                         fix="load its text part, AutoModelForCausalLM with config.text_config, and export that")
-    return base.config
 
 
 def _weights(model: Any, names: dict[str, tuple[str, tuple[int, ...]]], family: Family, config: "PretrainedConfig"

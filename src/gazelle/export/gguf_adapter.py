@@ -10,7 +10,8 @@ from gazelle.adapters.factors import Factors, lora_factors
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError
 from gazelle.base.files import check_writable, staged_file
-from gazelle.export.gguf import HEADER, check_no_folder, tensor_names, text_config, title_of
+from gazelle.export.checks import check_no_folder, text_config
+from gazelle.export.gguf import HEADER, tensor_names, title_of
 from gazelle.export.gguf_families import Family, converted, family_of, fields_of
 from gazelle.export.gguf_file import GgufOutput
 from gazelle.export.gguf_tokenizer import template_fields

@@ -149,6 +149,7 @@ def bind(model: Any) -> Any:
     model.push_to_hub = types.MethodType(push_to_hub, model)
     model.push_to_hub_merged = types.MethodType(push_to_hub_merged, model)
     model.push_to_hub_gguf = types.MethodType(push_to_hub_gguf, model)
+    model.export_onnx = types.MethodType(_export_onnx, model)
     model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
     return model
 
@@ -225,6 +226,21 @@ def _save_pretrained_merged(
         **options: `dtype` to write another type than the model's 16-bit one.
     """
     save_merged(self, tokenizer, save_directory, save_method=save_method, max_shard_size=max_shard_size, **options)
+
+
+def _export_onnx(self: "PreTrainedModel", path: str, dtype: "torch.dtype | str | None" = None) -> "list[Path]":
+    """Write an ONNX file with a cache of keys and values, for onnxruntime and TensorRT; an adapter is merged first.
+
+    Args:
+        path: a name that ends in .onnx; weights of 2 GB and more go into a file beside it.
+        dtype: "float32" (the default) or "float16".
+
+    Returns:
+        The files.
+    """
+    from gazelle.export.onnx import export_onnx
+
+    return export_onnx(self, path, dtype=dtype)
 
 
 def _resize_token_embeddings(self: "PreTrainedModel", new_num_tokens: int, mean_resizing: bool = True) -> Any:  # noqa: ARG001
