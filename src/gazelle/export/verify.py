@@ -20,7 +20,7 @@ from gazelle.export.verify_probe import Probe, Reference
 from gazelle.models.gguf_file import read_gguf
 
 _NO_LLAMA = "not verified: llama.cpp is not installed; name the folder of an unpacked release with --llama"
-_NO_ORT = "not verified: onnxruntime is not installed; pip install onnxruntime"
+_NO_ORT = "not verified: onnxruntime is not installed; pip install gazelle[onnx]"
 _WORSE = 1.5  # no way of quantising that is of use raises the perplexity so much
 
 

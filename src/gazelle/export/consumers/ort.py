@@ -57,7 +57,7 @@ def _feed(session: Any, ids: list[int], cache: dict[str, Any]) -> tuple["np.ndar
 
 def _greedy(session: Any, prompt: list[int], request: dict[str, Any]) -> list[int]:
     out: list[int] = []
-    new, cache = prompt, {}
+    new, cache = prompt, dict[str, Any]()
     while len(out) < request["tokens"] and not (out and out[-1] in request["stops"]):
         logits, cache = _feed(session, new, cache)
         out.append(int(logits[-1].argmax()))
