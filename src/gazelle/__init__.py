@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from gazelle.base.device import is_bfloat16_supported
     from gazelle.base.errors import GazelleError, UserError
     from gazelle.facade.language_model import FastLanguageModel
+    from gazelle.facade.vllm import prepare_for_vllm
     from gazelle.models.swap import accelerate, explain, restore
     from gazelle.train.config import SFTConfig
     from gazelle.train.trainer import SFTTrainer
@@ -24,12 +25,13 @@ _HOMES = {
     "UserError": "gazelle.base.errors",
     "accelerate": "gazelle.models.swap",
     "explain": "gazelle.models.swap",
+    "prepare_for_vllm": "gazelle.facade.vllm",
     "restore": "gazelle.models.swap",
     "is_bfloat16_supported": "gazelle.base.device",
 }
 
 __all__ = ["FastLanguageModel", "GazelleError", "SFTConfig", "SFTTrainer", "UserError", "__version__",
-           "accelerate", "explain", "is_bfloat16_supported", "restore"]
+           "accelerate", "explain", "is_bfloat16_supported", "prepare_for_vllm", "restore"]
 
 
 def __getattr__(name: str) -> object:

@@ -11,7 +11,6 @@ from gazelle.base.optional import require
 from gazelle.quantize.groups import Steps
 
 GROUPS = (128, 64, 32)  # inputs that share a step, in order of preference; vLLM's kernels have these
-METHODS = ("fp8", "awq", "gptq")
 
 
 @dataclass(frozen=True)

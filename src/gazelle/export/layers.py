@@ -5,6 +5,7 @@ Only one layer's weights are in memory, in float32 on the model's device, and th
 Shapes: B rows of a batch, T tokens, H hidden, N outputs and K inputs of a linear layer.
 """
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -65,10 +66,7 @@ class Layers:
                 raise ModelError("only linear layers can be calibrated", where=f"{self.path}.{name}",
                                  found=f"a weight of {parameter.ndim} dimensions, as of experts",
                                  expected="a model without experts", fix="export without quantisation")
-        own = {name for name, _ in self.plain.named_buffers()}
-        for name, buffer in base.named_buffers():
-            if name in own:
-                _put(self.plain, name, buffer.detach().to(self.device), buffer=True)
+        _take_buffers(self.plain, base, self.device)
         self._forwards = [module.forward for module in self.modules]
         self._states: list[Tensor] = []
         self._rows: list[Tensor] = []
@@ -186,6 +184,20 @@ def _pass(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
     return hidden
 
 
+def _take_buffers(plain: Any, base: Any, device: torch.device) -> None:
+    """What is no parameter, such as rotary frequencies, which some modules also hold as plain attributes."""
+    for name, module in list(plain.named_modules()):
+        if not module._buffers:
+            continue
+        own = base.get_submodule(name)
+        if not module._parameters and not list(module.children()):
+            plain.set_submodule(name, copy.deepcopy(own).to(device))
+            continue
+        for last in module._buffers:
+            if last in own._buffers:
+                _put(module, last, own._buffers[last].detach().to(device))
+
+
 def _attention(base: Any) -> str:
     """Hugging Face's attention that the model runs with; "eager" where it has a soft-cap, which others leave out."""
     config = base.config.get_text_config()
@@ -195,10 +207,10 @@ def _attention(base: Any) -> str:
     return chosen if chosen in ("sdpa", "eager") else "sdpa"
 
 
-def _put(root: nn.Module, name: str, tensor: Tensor, *, buffer: bool = False) -> None:
+def _put(root: nn.Module, name: str, tensor: Tensor) -> None:
     path, _, last = name.rpartition(".")
     module = root.get_submodule(path)
-    if buffer or last in module._buffers:
+    if last in module._buffers:
         module._buffers[last] = tensor
     else:
         module._parameters[last] = nn.Parameter(tensor, requires_grad=False)

@@ -15,13 +15,13 @@ from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError, OptionError, nearest
 from gazelle.base.log import logger
 from gazelle.data.calibration import calibration_ids
-from gazelle.export.compressed import METHODS, Format, format_of, fp8_steps, group_for
+from gazelle.export.compressed import Format, format_of, fp8_steps, group_for
 from gazelle.export.layers import Inputs, Layers
 from gazelle.export.own_text import own_text
 from gazelle.export.smooth import check_family, smooth
 from gazelle.models.checkpoint import check_finite
 from gazelle.models.plain import inner_linears, plain_model
-from gazelle.models.save import check_readable, check_target, checked_options, saved_checkpoint
+from gazelle.models.save import QUANTISED, check_readable, check_target, checked_options, saved_checkpoint
 from gazelle.models.saved import CheckpointOutput, SaveReport
 from gazelle.quantize.awq import output_error
 from gazelle.quantize.gptq import gptq
@@ -64,9 +64,9 @@ def save_quantised(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str
         MissingDependencyError: compressed-tensors is not installed.
     """
     target = Path(folder).expanduser().absolute()
-    if save_method not in METHODS:
+    if save_method not in QUANTISED:
         raise OptionError("no such way to quantise a saved model", where="save_method", found=save_method,
-                          expected=", ".join(METHODS), fix=nearest(save_method, METHODS))
+                          expected=", ".join(QUANTISED), fix=nearest(save_method, QUANTISED))
     kept_as, limit = checked_options(dtype, max_shard_size, model)
     if kept_as == torch.float32:
         raise OptionError("steps are kept in 16 bits", where="dtype", found="float32",

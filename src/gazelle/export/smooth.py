@@ -66,7 +66,8 @@ def _through_norm(layer: nn.Module, inputs: Inputs, norm: Any, offset: float, gr
 
 
 def _stacked(layer: nn.Module, inputs: Inputs) -> Tensor:
-    return torch.cat([layer.get_submodule(name).weight.data for name in inputs.names])  # type: ignore[arg-type]
+    modules: list[Any] = [layer.get_submodule(name) for name in inputs.names]
+    return torch.cat([module.weight.data for module in modules])
 
 
 def _scale(layer: nn.Module, inputs: Inputs, scales: Tensor) -> None:

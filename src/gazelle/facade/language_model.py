@@ -1,5 +1,6 @@
 """`FastLanguageModel`: the calls people type, bound to a model object."""
 
+import inspect
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +12,18 @@ from gazelle.facade.exporting import loaded_tokenizer
 from gazelle.facade.hub import push_to_hub, push_to_hub_gguf, push_to_hub_merged
 from gazelle.models.load import load_model
 from gazelle.models.record import record_base
-from gazelle.models.save import save_merged
+from gazelle.models.requantize import quantize_model
+from gazelle.models.save import METHODS, QUANTISED, save_merged
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gazelle.models.saved import SaveReport
 
 
 class FastLanguageModel:
@@ -150,6 +155,7 @@ def bind(model: Any) -> Any:
     model.push_to_hub_merged = types.MethodType(push_to_hub_merged, model)
     model.push_to_hub_gguf = types.MethodType(push_to_hub_gguf, model)
     model.export_onnx = types.MethodType(_export_onnx, model)
+    model.quantize = types.MethodType(_quantize, model)
     model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
     return model
 
@@ -215,17 +221,61 @@ def _save_pretrained_merged(
     save_method: str = "merged_16bit",
     max_shard_size: str = "5GB",
     **options: Any,
-) -> None:
-    """Write a checkpoint that plain transformers loads ("merged_16bit"), or the adapter alone ("lora").
+) -> "SaveReport":
+    """Write a checkpoint that plain transformers loads, or the adapter alone ("lora").
 
     Args:
         save_directory: written beside and renamed into place; an earlier folder stays until then.
-        tokenizer: saved with the model.
-        save_method: "merged_16bit" or "lora".
+        tokenizer: saved with the model. For "awq" and "gptq" left out: the one that the model was loaded with.
+        save_method: "merged_16bit"; "merged_4bit", NF4 of bitsandbytes; "fp8", "awq" or "gptq", in the format of
+            compressed-tensors, which vLLM reads too; or "lora". What is quantised is merged first.
         max_shard_size: largest weight file, such as "4GB".
-        **options: `dtype` to write another type than the model's 16-bit one.
+        **options: `dtype` to write another type than the model's 16-bit one. For "awq" and "gptq" `calibration`, data
+            like the training data (left out: text that the model writes), with `rows` and `length` of it; for "gptq"
+            `act_order`.
+
+    Returns:
+        How far each tensor is from the merged one, and more; it lies beside the weights as `save_report.json`.
     """
-    save_merged(self, tokenizer, save_directory, save_method=save_method, max_shard_size=max_shard_size, **options)
+    if save_method not in QUANTISED:
+        methods = (*METHODS, *QUANTISED)
+        if save_method not in METHODS:
+            raise OptionError("no such way to save a model", where="save_method", found=save_method,
+                              expected=", ".join(methods), fix=nearest(str(save_method), methods))
+        _check_options(options, save_merged)
+        return save_merged(self, tokenizer, save_directory, save_method=save_method, max_shard_size=max_shard_size,
+                           **options)
+    from gazelle.export.quantised import save_quantised
+
+    _check_options(options, save_quantised)
+    return save_quantised(self, tokenizer or loaded_tokenizer(self), save_directory, save_method,
+                          max_shard_size=max_shard_size, **options)
+
+
+def _check_options(options: dict[str, Any], function: "Callable[..., Any]") -> None:
+    known = {name for name, parameter in inspect.signature(function).parameters.items()
+             if parameter.kind is parameter.KEYWORD_ONLY}
+    if unknown := sorted(options.keys() - known):
+        raise OptionError("unknown option for saving a model in this way", where="save_pretrained_merged",
+                          found=unknown[0], expected=", ".join(sorted(known)), fix=nearest(unknown[0], known))
+
+
+def _quantize(self: "PreTrainedModel", dtype: "str | torch.dtype" = "float16") -> "PreTrainedModel":
+    """Keep the model in fewer bits from now on, in place; an adapter stays beside it as it is.
+
+    Args:
+        dtype: torch.float16 or torch.bfloat16, to which everything is cast, or "nf4" or "int8", in which bitsandbytes
+            keeps the linear layers, the head apart.
+
+    Returns:
+        The same model.
+
+    Raises:
+        OptionError: no such type.
+        ModelError: the model is quantised already.
+    """
+    quantize_model(self, dtype)
+    return self
 
 
 def _export_onnx(self: "PreTrainedModel", path: str, dtype: "torch.dtype | str | None" = None) -> "list[Path]":

@@ -25,14 +25,16 @@ from gazelle.quantize.bnb import is_quantized_linear, pack_nf4
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-_METHODS = ("merged_16bit", "merged_4bit", "lora")
+METHODS = ("merged_16bit", "merged_4bit", "lora")
+QUANTISED = ("fp8", "awq", "gptq")  # of `export.quantised`, which stands above
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+VLLM_FILES = ("serve.sh", "vllm.json")  # written beside a model that is exported for vLLM
 # What a saved model consists of. Anything else in the output folder is somebody's work.
 _OURS = ("config.json", "generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors",
          "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors", RECORD, "tokenizer.json",
          "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-         "vocab.txt", "merges.txt", REPORT, "chat_template.jinja", "chat_template.json", "additional_chat_templates",
-         "verification.json")
+         "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates", REPORT,
+         "verification.json", *VLLM_FILES)
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -65,9 +67,9 @@ def save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase | None", folder:
             read back, or a tensor holds NaN or infinity.
     """
     target = Path(folder).expanduser().absolute()
-    if save_method not in _METHODS:
+    if save_method not in METHODS:
         raise OptionError("no such way to save a model", where="save_method", found=save_method,
-                          expected=" or ".join(_METHODS), fix=nearest(save_method, _METHODS))
+                          expected=" or ".join(METHODS), fix=nearest(save_method, METHODS))
     kept_as, limit = checked_options(dtype, max_shard_size, model)
     check_target(model, target, save_method)
     if save_method == "lora":

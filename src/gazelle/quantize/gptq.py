@@ -69,7 +69,7 @@ def gptq(weight: Tensor, gram: Tensor, grid: Grid, *, act_order: bool = True) ->
 def _inverse_factor(hessian: Tensor) -> Tensor:
     """The upper triangular U with UᵀU = (H + damping)⁻¹; more damping where rounding made H indefinite.
 
-    From R with H = R Rᵀ, R upper triangular, that is the Cholesky factor of H with rows and columns in reverse: U = R⁻¹.
+    U = R⁻¹ where H = R Rᵀ with R upper triangular: the Cholesky factor of H with rows and columns in reverse.
     """
     damp = _DAMP * hessian.diagonal().mean()
     for _ in range(_TRIES):
