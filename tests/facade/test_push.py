@@ -145,7 +145,7 @@ def test_a_push_that_fails_commits_nothing_and_says_what_to_do(part, failure, sa
 
 def test_refusals_before_anything_is_computed(hub, adapted, monkeypatch):
     model, _ = adapted
-    monkeypatch.setattr("gazelle.facade.hub.save_merged", None)
+    monkeypatch.setattr("gazelle.facade.hub.save_checkpoint", None)
     with pytest.raises(HubError, match="knows no such user or token") as caught:
         model.push_to_hub("user/adapter", token="hf_wrong")
     assert "hf auth login" in caught.value.fix

@@ -1,24 +1,21 @@
-"""Exporting from what a user has at hand: a folder, or a model without its tokenizer."""
+"""Exporting a folder, a hub name or a file to several formats, and verifying what was written."""
 
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.files import check_writable
 from gazelle.base.progress import tell
 from gazelle.facade.formats import CALIBRATED, FORMATS, find_ways, usage
 from gazelle.models.card import write_card
 from gazelle.models.checkpoint import find_checkpoint
-from gazelle.models.load import load_model, load_tokenizer
+from gazelle.models.load import load_model
 from gazelle.models.record import read_record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from gazelle.export.verify import Verification
 
 @dataclass(frozen=True)
@@ -133,21 +130,3 @@ def export_checkpoint(model_name: str, to: list[str], output: Path | None = None
         write_card(target.folder, model, library=library, files=files, run_folder=checkpoint.folder)
         seconds = time.perf_counter() - began
         yield Exported(target, files, seconds, asked.check(target.folder, files, chosen.consumer) if asked else [])
-
-
-def loaded_tokenizer(model: Any) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the checkpoint that `model` was loaded from.
-
-    Raises:
-        OptionError: it is not known, or tokens were added since.
-    """
-    name = getattr(unwrap(model).config, "_name_or_path", "")
-    if not name:
-        raise OptionError("the model does not know its tokenizer", where="tokenizer", found="none",
-                          expected="the model's tokenizer", fix="pass tokenizer=")
-    tokenizer, _ = load_tokenizer(name)
-    used = getattr(unwrap(model), "tokens_in_use", len(tokenizer))
-    if used != len(tokenizer):
-        raise OptionError("tokens were added to the model's tokenizer", where="tokenizer", found=f"{used:,} tokens",
-                          expected=f"{len(tokenizer):,}, those of {name}", fix="pass tokenizer=")
-    return tokenizer

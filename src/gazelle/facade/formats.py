@@ -65,15 +65,12 @@ def find_ways(name: str, behind: str, text: str) -> list[str]:
 
 
 def _merged(model: Any, tokenizer: Any, folder: Path, ways: list[str], calibration: Any) -> list[Path]:
-    from gazelle.models.save import save_merged
+    from gazelle.facade.saving import save_checkpoint
 
     way, = ways
-    if way == "fp8" or way in CALIBRATED:
-        from gazelle.export.quantised import save_quantised
-
-        report = save_quantised(model, tokenizer, folder, way, calibration=calibration)
-    else:
-        report = save_merged(model, tokenizer, folder, save_method=way if way == "lora" else f"merged_{way}")
+    method = f"merged_{way}" if way in ("16bit", "4bit") else way
+    options = {"calibration": calibration} if way in CALIBRATED else {}
+    report = save_checkpoint(model, tokenizer, folder, method, **options)
     if report.errors:
         logger.info("Farthest from the merged model in float32 is %s, by %.1e of its size.", *report.worst)
     return _files(folder)
@@ -124,10 +121,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 FORMATS = {
-    "merged": Format(("16bit", "4bit", "lora", "fp8", "awq", "gptq"), "16bit", _merged, "transformers", "hf"),
+    "merged": Format(("16bit", "4bit", "lora", "fp8", *CALIBRATED), "16bit", _merged, "transformers", "hf"),
     "gguf": Format(None, "q8_0", _gguf, "gguf", "gguf", several=True),
     "gguf-lora": Format((), "", _gguf_lora, "gguf", "gguf-lora"),
-    "vllm": Format(("16bit", "fp8", "awq", "gptq"), "16bit", _vllm, "vllm", "vllm"),
+    "vllm": Format(("16bit", "fp8", *CALIBRATED), "16bit", _vllm, "vllm", "vllm"),
     "ollama": Format(None, "q8_0", _ollama, "gguf", "gguf", several=True),
     "onnx": Format(("float32", "float16"), "float32", _onnx, "onnx", "onnx"),
 }

@@ -4,15 +4,15 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gazelle.base.errors import OptionError
+from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import logger
-from gazelle.facade.exporting import loaded_tokenizer
+from gazelle.facade.saving import loaded_tokenizer, save_checkpoint
 from gazelle.models.hub import check_repository, push_folder
-from gazelle.models.save import save_merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+_COMMIT = ("commit_message", "commit_description", "revision", "create_pr")
 _BITS = {2: "q2_k", 3: "q3_k_m", 4: "q4_k_m", 5: "q5_k_m", 6: "q6_k", 8: "q8_0", 16: "f16", 32: "f32"}
 
 
@@ -41,18 +41,19 @@ def push_to_hub(self: "PreTrainedModel", repo_id: str, *, tokenizer: "PreTrained
 
 def push_to_hub_merged(self: "PreTrainedModel", repo_id: str, tokenizer: "PreTrainedTokenizerBase | None" = None,
                        save_method: str = "merged_16bit", *, private: bool | None = None, token: str | None = None,
-                       max_shard_size: str | int = "5GB", **commit: Any) -> Any:
+                       max_shard_size: str | int = "5GB", **options: Any) -> Any:
     """Upload what `save_pretrained_merged` writes, with a card. Arguments as there and in `push_to_hub`."""
-    return _push(self, tokenizer, repo_id, save_method, private, token, max_shard_size, commit)
+    commit = {name: options.pop(name) for name in _COMMIT if name in options}
+    return _push(self, tokenizer, repo_id, save_method, private, token, max_shard_size, commit, **options)
 
 
 def _push(model: Any, tokenizer: Any, repo_id: str, method: str, private: bool | None, token: str | None,
-          max_shard_size: str | int, commit: dict[str, Any]) -> Any:
+          max_shard_size: str | int, commit: dict[str, Any], **options: Any) -> Any:
     _check_commit(commit)
     repository = check_repository(repo_id, token=token, private=private)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
-        save_merged(model, tokenizer, folder, save_method=method, max_shard_size=max_shard_size)
+        save_checkpoint(model, tokenizer, folder, method, max_shard_size=max_shard_size, **options)
         return push_folder(folder, repository, model, token=token, **commit)
 
 
@@ -84,10 +85,9 @@ def push_to_hub_gguf(self: "PreTrainedModel", repo_id: str, tokenizer: "PreTrain
 
 
 def _check_commit(commit: dict[str, Any]) -> None:
-    known = ("commit_message", "commit_description", "revision", "create_pr")
-    if unknown := [name for name in commit if name not in known]:
+    if unknown := [name for name in commit if name not in _COMMIT]:
         raise OptionError("unknown option for a push", where="push_to_hub", found=unknown[0],
-                          expected=", ".join(known), fix="leave it out")
+                          expected=", ".join(_COMMIT), fix=nearest(unknown[0], _COMMIT))
 
 
 def _methods(method: str | list[str] | None, bits: int | None, group_size: int | None, act_order: bool | None

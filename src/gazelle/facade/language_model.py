@@ -1,6 +1,5 @@
 """`FastLanguageModel`: the calls people type, bound to a model object."""
 
-import inspect
 import types
 from typing import TYPE_CHECKING, Any
 
@@ -8,15 +7,13 @@ from gazelle.adapters.lora import add_lora
 from gazelle.adapters.tokens import resize_token_embeddings
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import log_to_terminal, say_once
-from gazelle.facade.exporting import loaded_tokenizer
 from gazelle.facade.hub import push_to_hub, push_to_hub_gguf, push_to_hub_merged
+from gazelle.facade.saving import loaded_tokenizer, save_checkpoint
 from gazelle.models.load import load_model
 from gazelle.models.record import record_base
 from gazelle.models.requantize import quantize_model
-from gazelle.models.save import METHODS, QUANTISED, save_merged
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
 
     import torch
@@ -237,27 +234,7 @@ def _save_pretrained_merged(
     Returns:
         How far each tensor is from the merged one, and more; it lies beside the weights as `save_report.json`.
     """
-    if save_method not in QUANTISED:
-        methods = (*METHODS, *QUANTISED)
-        if save_method not in METHODS:
-            raise OptionError("no such way to save a model", where="save_method", found=save_method,
-                              expected=", ".join(methods), fix=nearest(str(save_method), methods))
-        _check_options(options, save_merged)
-        return save_merged(self, tokenizer, save_directory, save_method=save_method, max_shard_size=max_shard_size,
-                           **options)
-    from gazelle.export.quantised import save_quantised
-
-    _check_options(options, save_quantised)
-    return save_quantised(self, tokenizer or loaded_tokenizer(self), save_directory, save_method,
-                          max_shard_size=max_shard_size, **options)
-
-
-def _check_options(options: dict[str, Any], function: "Callable[..., Any]") -> None:
-    known = {name for name, parameter in inspect.signature(function).parameters.items()
-             if parameter.kind is parameter.KEYWORD_ONLY}
-    if unknown := sorted(options.keys() - known):
-        raise OptionError("unknown option for saving a model in this way", where="save_pretrained_merged",
-                          found=unknown[0], expected=", ".join(sorted(known)), fix=nearest(unknown[0], known))
+    return save_checkpoint(self, tokenizer, save_directory, save_method, max_shard_size=max_shard_size, **options)
 
 
 def _quantize(self: "PreTrainedModel", dtype: "str | torch.dtype" = "float16") -> "PreTrainedModel":

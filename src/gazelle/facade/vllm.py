@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from gazelle.base.log import log_to_terminal
 from gazelle.export.vllm import export_vllm, serve_command
-from gazelle.facade.exporting import loaded_tokenizer
+from gazelle.facade.saving import loaded_tokenizer
 
 if TYPE_CHECKING:
     import torch
