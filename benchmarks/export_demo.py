@@ -3,7 +3,7 @@
     python -m benchmarks.export_demo out/demo --llama .venv/llama [--out benchmarks/results/export_demo.json]
 
 Right answers of the 80 questions for the model in memory, f16, q8_0 and q4_k_m; and for how many of the first 20
-questions 48 greedy tokens, whatever they are, come out the same as in memory.
+questions 48 greedy tokens, whatever they are, come out of f16 as they do in memory.
 """
 
 import argparse
@@ -52,7 +52,7 @@ def measure(run: Path, library: Path) -> dict[str, Any]:
     answers, wanted = (hf.ask(model, request)[0]["answers"] for request in (whole, short))
     result: dict[str, Any] = {
         "machine": machine_facts(), "library": library.name, "questions": len(questions),
-        "right": {"in memory": right(tokenizer, answers, questions)}, "same_answers": {}, "same_48_tokens_of_20": {}}
+        "right": {"in memory": right(tokenizer, answers, questions)}, "same_answers": {}}
     with tempfile.TemporaryDirectory() as scratch:
         for path in export_gguf(model, tokenizer, scratch, "f16,q8_0,q4_k_m"):
             name = path.stem.removeprefix("model-").lower()
@@ -60,8 +60,9 @@ def measure(run: Path, library: Path) -> dict[str, Any]:
             found = run_consumer([sys.executable, *LLAMA], whole | where)[0]["answers"]
             result["right"][name] = right(tokenizer, found, questions)
             result["same_answers"][name] = sum(a == b for a, b in zip(answers, found, strict=True))
-            greedy = run_consumer([sys.executable, *LLAMA], short | where)[0]["answers"]
-            result["same_48_tokens_of_20"][name] = sum(a == b for a, b in zip(wanted, greedy, strict=True))
+            if name == "f16":
+                greedy = run_consumer([sys.executable, *LLAMA], short | where)[0]["answers"]
+                result["f16_same_48_tokens_of_20"] = sum(a == b for a, b in zip(wanted, greedy, strict=True))
             print(json.dumps({key: value for key, value in result.items() if key != "machine"}), flush=True)
     return result
 

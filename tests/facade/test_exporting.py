@@ -52,7 +52,7 @@ def test_what_may_be_typed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("to", "says"), [
-    ("ggml", "did you mean 'gguf'"), ("merged:16bits", "did you mean '16bit'"), ("gguf:q4", "q4_0"),
+    ("ggufs", "did you mean 'gguf'"), ("merged:16bits", "did you mean '16bit'"), ("gguf:q4_km", "did you mean 'q4_k_m'"),
     ("merged:16bit,lora", "--to merged:16bit --to merged:lora"), ("gguf-lora:q8_0", "write --to gguf-lora"),
     ("merged:", "written in one way"),
 ])
@@ -80,7 +80,7 @@ def test_formats_of_one_model_in_one_call(run, capsys):
         assert found["consumer"].startswith(consumer) and found["wrong"] == [], name
         assert found["source"].endswith("rows.jsonl")
         assert checks["greedy answers"]["values"]["same"] == 4, name
-        assert checks["error of logits"]["values"]["largest"] < (1e-3 if consumer == "onnxruntime" else 3e-2), name
+        assert checks["error of logits"]["values"]["largest"] < (1e-3 if consumer == "onnxruntime" else 6e-2), name
     card = ModelCard.load(run.parent / "run-ollama" / "README.md")
     assert card.data.library_name == "gguf" and "| optimizer steps | 3 |" in card.text
     assert (run.parent / "run-ollama" / "Modelfile").exists()

@@ -86,7 +86,8 @@ def make_probe(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Con
     chosen = [conversations[i] for i in spread]
     limit = min(longest, _LONGEST)
     by_place = {row.where: row for row in chosen}
-    rows, chats, prompts, texts = [], [], [], list(_MIXED)
+    rows, chats, texts = [], [], list(_MIXED)
+    prompts: list[list[int]] = []
     for example in encode(chosen, tokenizer, max_length=limit).examples:
         ids, row = list(example.input_ids), by_place[example.where]
         learnt = np.flatnonzero(np.array(example.labels) != IGNORED)

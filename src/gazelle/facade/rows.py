@@ -1,6 +1,7 @@
 """The rows to verify exports with and to calibrate quantisers on."""
 
 from pathlib import Path
+from typing import Any
 
 from gazelle.base.log import logger
 from gazelle.data.load import Loaded, load_conversations
@@ -16,7 +17,7 @@ def find_rows(folder: Path, data: str | None) -> Loaded | None:
         DataError: `data` cannot be read.
     """
     run = read_record(folder).get("run") or {}
-    options = {name: run.get(name) for name in ("format", "columns", "system") if run.get(name)}
+    options: dict[str, Any] = {name: run.get(name) for name in ("format", "columns", "system") if run.get(name)}
     if data is not None:
         return load_conversations(data, system=options.get("system"))
     for source, split in ((run.get("eval"), "eval"), (run.get("train"), "train")):

@@ -70,11 +70,13 @@ def card_text(model: Any, *, library: str, files: list[Path], title: str, run_fo
         name = original
     on_hub = bool(name) and not Path(name).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
     licence = _licence(name, on_hub, token)
-    data = ModelCardData(
-        base_model=name if on_hub else None, library_name=library, pipeline_tag="text-generation", **licence,
-        tags=["gazelle", base.config.model_type, *(["lora"] if library == "peft" else []),
-              *(["gguf"] if library == "gguf" else [])],
-        **({"base_model_relation": _RELATION.get(library, "quantized")} if on_hub else {}))
+    metadata: dict[str, Any] = {
+        "base_model": name if on_hub else None, "library_name": library, "pipeline_tag": "text-generation",
+        "tags": ["gazelle", base.config.model_type, *(["lora"] if library == "peft" else []),
+                 *(["gguf"] if library == "gguf" else [])]} | licence
+    if on_hub:
+        metadata["base_model_relation"] = _RELATION.get(library, "quantized")
+    data = ModelCardData(**metadata)
     run = getattr(model, "gazelle_run", None) or {}
     shown = name if on_hub else Path(name).name or type(base).__name__
     use, language = _use(library, repository or title, files)
@@ -109,7 +111,8 @@ def _original(name: str) -> str | None:
 def _licence(name: str, on_hub: bool, token: str | None) -> dict[str, Any]:
     """`license`, and its name and link where it is "other", as the base model's own card states them."""
     from huggingface_hub import ModelCard, constants, try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError, HTTPError
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import httpx
 
     if not name:
         return {}
@@ -127,7 +130,7 @@ def _licence(name: str, on_hub: bool, token: str | None) -> dict[str, Any]:
             card = ModelCard.load(path / NAME)
         else:
             return {}
-    except (HTTPError, OSError, ValueError, HFValidationError):
+    except (httpx.HTTPError, OSError, ValueError, HFValidationError):
         return {}  # no card, or none to be had: then nothing is said of the licence
     return {key: value for key in ("license", "license_name", "license_link")
             if isinstance(value := card.data.get(key), str)}

@@ -102,10 +102,11 @@ def _somebodys(api: Any, repository: str, revision: str | None, folder: Path) ->
 def _refusals(repository: str, token: str | None) -> Iterator[None]:
     """Turn what huggingface_hub raises into a `HubError` that says what to do."""
     from huggingface_hub import errors
+    from huggingface_hub.utils import httpx
 
     try:
         yield
-    except (errors.HTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError, ConnectionError, TimeoutError,
+    except (httpx.HTTPError, errors.HFValidationError, errors.LocalTokenNotFoundError, ConnectionError, TimeoutError,
             RuntimeError) as error:
         # What happens to one file of several comes wrapped in a RuntimeError.
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ is not None else error
