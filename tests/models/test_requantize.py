@@ -13,6 +13,7 @@ from gazelle.models.load import load_model
 from gazelle.models.requantize import quantize_model
 from gazelle.models.save import save_merged
 from gazelle.models.swap import accelerate
+from gazelle.quantize.bnb import forbid_repacking
 
 IDS = torch.tensor([[5, 9, 7, 200, 31]])
 
@@ -113,10 +114,10 @@ def test_merged_in_four_bits(base, checkpoint, tmp_path):
     model, tokenizer = load_model(str(checkpoint), **base)
     model.generation_config.eos_token_id = [2, 0]
     model = shaken(add_lora(model))
-    want = logits(model)
     save_merged(model, tokenizer, tmp_path / "plain", dtype="bfloat16")
     report = save_merged(model, tokenizer, tmp_path / "out", save_method="merged_4bit")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    forbid_repacking(again)  # which fails on layers as small as these
     exact = dict(merged_tensors(model))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.bfloat16)
     for name, module in again.named_modules():
@@ -126,16 +127,18 @@ def test_merged_in_four_bits(base, checkpoint, tmp_path):
                                                                        compress_statistics=True))
             read = functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
             assert torch.equal(read, own)
+            plain.get_submodule(name).weight.data = read.float()
             merged = exact[f"{name}.weight"].float()
             assert report.errors[f"{name}.weight"] == pytest.approx(float((read.float() - merged).norm()
                                                                           / merged.norm()), rel=1e-4)
     assert type(again.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert again.generation_config.eos_token_id == [2, 0]
     assert again.config.tie_word_embeddings and again.lm_head.weight is again.model.embed_tokens.weight
-    assert (logits(again) - want).norm() < 0.35 * want.norm()  # random weights shake at every rounding
+    got, want = logits(again), logits(plain.float())
+    assert (got - want).norm() < 0.03 * want.norm()  # layers multiply in bfloat16
     assert report.worst[1] == max(report.errors.values())
     loaded, _ = load_model(str(tmp_path / "out"))
-    torch.testing.assert_close(logits(loaded.eval()), logits(again), atol=2e-3, rtol=1e-3)
+    assert torch.equal(logits(loaded.eval()), got)
 
 
 def test_a_nan_stops_any_way_of_saving_and_is_named(checkpoint, tmp_path):
