@@ -52,7 +52,8 @@ def test_what_may_be_typed(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("to", "says"), [
-    ("ggufs", "did you mean 'gguf'"), ("merged:16bits", "did you mean '16bit'"), ("gguf:q4_km", "did you mean 'q4_k_m'"),
+    ("ggufs", "did you mean 'gguf'"), ("merged:16bits", "did you mean '16bit'"),
+    ("gguf:q4_km", "did you mean 'q4_k_m'"),
     ("merged:16bit,lora", "--to merged:16bit --to merged:lora"), ("gguf-lora:q8_0", "write --to gguf-lora"),
     ("merged:", "written in one way"),
 ])

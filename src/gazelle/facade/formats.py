@@ -1,5 +1,6 @@
 """The formats that `gazelle export` knows, one a row: what may stand behind the colon, and who writes it."""
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError, nearest
+from gazelle.base.files import staged_file
 from gazelle.base.log import logger
 
 CALIBRATED = ("awq", "gptq")
@@ -107,12 +109,14 @@ def _onnx(model: Any, tokenizer: Any, folder: Path, ways: list[str], calibration
 
     files = export_onnx(model, folder / "model.onnx", dtype=ways[0])
     base = unwrap(model)
-    with tempfile.TemporaryDirectory(prefix=".writing-", dir=folder) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
         base.config.save_pretrained(scratch)
         base.generation_config.save_pretrained(scratch)
         for path in sorted(Path(scratch).iterdir()):
-            files.append(path.replace(folder / path.name))
+            with staged_file(folder / path.name) as staging:
+                shutil.copyfile(path, staging)
+            files.append(folder / path.name)
     return files
 
 
