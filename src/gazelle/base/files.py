@@ -59,14 +59,22 @@ def staged_folder(target: Path, *, overwrite: bool = True) -> Iterator[Path]:
         raise OutputError("the output folder is already in use", where=str(target), found="a folder with files in it",
                           expected="a new or empty folder", fix="choose another folder, or delete this one")
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _beside(target, lambda prefix: tempfile.mkdtemp(prefix=prefix, dir=target.parent)) as staging:
+    with scratch_folder(target) as staging:
+        with disk_errors(target):
+            yield staging
+        staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private; the finished folder is an ordinary one
+        _put_in_place(staging, target)
+
+
+@contextlib.contextmanager
+def scratch_folder(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, in its existing folder, from which things are renamed; it goes away with the block."""
+    _clear_leftovers(target)
+    with _beside(target, lambda prefix: tempfile.mkdtemp(prefix=prefix, dir=target.parent)) as scratch:
         try:
-            with disk_errors(target):
-                yield staging
-            staging.chmod(0o777 & ~_umask())  # mkdtemp makes it private; the finished folder is an ordinary one
-            _put_in_place(staging, target)
+            yield scratch
         finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 @contextlib.contextmanager

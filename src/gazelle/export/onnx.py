@@ -7,7 +7,6 @@ Shape legend: B rows, T new tokens, P tokens in the cache, G key-value heads, D 
 
 import contextlib
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 from gazelle.adapters.merge import merged_tensors
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError, OptionError, OutputError, nearest
-from gazelle.base.files import check_writable
+from gazelle.base.files import check_writable, scratch_folder
 from gazelle.base.log import logger
 from gazelle.base.optional import require
 from gazelle.export.checks import check_no_folder, text_config
@@ -222,12 +221,12 @@ def _write(program: Any, target: Path, *, external: bool) -> list[Path]:
 
     earlier = _weights_of(target)
     weights = next(name for name in (f"{target.name}.data", f"{target.name}.2.data") if name != earlier)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as folder:
+    with scratch_folder(target) as folder:
         try:
-            onnx_ir.save(program.model, Path(folder) / target.name, external_data=weights if external else None)
+            onnx_ir.save(program.model, folder / target.name, external_data=weights if external else None)
             if external:
-                (Path(folder) / weights).replace(target.with_name(weights))
-            (Path(folder) / target.name).replace(target)
+                (folder / weights).replace(target.with_name(weights))
+            (folder / target.name).replace(target)
         except OSError as error:
             raise OutputError("the ONNX file cannot be written", where=str(target), found=error.strerror or str(error),
                               expected="room for the whole model", fix="make room, or choose another folder") from error
