@@ -231,8 +231,9 @@ def _save_pretrained_merged(
     from gazelle.export.quantised import save_quantised
 
     _check_options(options, save_quantised)
-    return save_quantised(self, tokenizer or loaded_tokenizer(self), save_directory, save_method,
-                          max_shard_size=max_shard_size, **options)
+    if tokenizer is None and save_method != "fp8":
+        tokenizer = loaded_tokenizer(self)
+    return save_quantised(self, tokenizer, save_directory, save_method, max_shard_size=max_shard_size, **options)
 
 
 def _check_options(options: dict[str, Any], function: "Callable[..., Any]") -> None:
