@@ -26,6 +26,7 @@ ALLOWED = {
     "triton": {"kernels"},
     "transformers": {"models", "data", "train", "rl", "export", "evaluate", "serve"},
     "bitsandbytes": {"quantize", "cli", "train"},
+    "compressed_tensors": {"export"},
     "peft": {"adapters", "models", "export"},
     "fastapi": {"serve", "studio"},
     "httpx": {"serve", "studio"},

@@ -143,6 +143,7 @@ def test_the_python_example(demo_gguf: Path, tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "lora_model/adapter_model.safetensors").exists()
     assert (tmp_path / "merged/model.safetensors").exists()
     assert (tmp_path / "gguf/model-Q4_K_M.gguf").exists()
+    assert (tmp_path / "vllm/serve.sh").exists()
 
 
 def test_figures_come_from_the_result_file() -> None:

@@ -10,7 +10,7 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file
 from tests.models.families import FAMILIES
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from gazelle.adapters.lora import add_lora
 from gazelle.adapters.merge import merged_tensors
@@ -240,6 +240,22 @@ def test_quantised_bases_and_added_tokens(tokenizer, model, tmp_path):
     assert (logits(again) - want).norm() / want.norm() < 0.15
 
 
+def test_new_tokens_in_a_scaled_embedding(model, tokenizer, tmp_path):
+    """Gemma 3's embedding has a scale beside its weight, behind the wrapper of the trained rows."""
+    plain = model("gemma3", **SIZES)
+    adapted = shaken(add_lora(plain, r=4, trainable_token_indices={"embed_tokens": [5, 9]}))
+    with torch.no_grad():
+        adapted.get_input_embeddings().token_adapter.trainable_tokens_delta["default"].add_(0.1)
+    merged = dict(merged_tensors(adapted))
+    layers = Layers(adapted)
+    layers.load(merged.items())
+    layers.feed([torch.tensor([5, 9, 7])])
+    want = []
+    adapted.get_base_model().model.layers[0].register_forward_pre_hook(lambda _, args: want.append(args[0]))
+    logits(adapted, torch.tensor([5, 9, 7]))
+    torch.testing.assert_close(layers._states[0], want[0])
+
+
 def test_a_tensor_with_nan_is_named(adapted, tokenizer, tmp_path):
     for method in ("fp8", "awq", "gptq"):
         model = adapted()
@@ -263,6 +279,14 @@ def test_mistakes_come_before_work(adapted, model, tokenizer, tmp_path, monkeypa
     with pytest.raises(ModelError, match="cannot be kept in 4 bits") as caught:
         save_quantised(model("llama"), tokenizer, tmp_path / "out", "gptq", calibration=ROWS)
     assert "model.layers.0" in caught.value.where
+    with pytest.raises(OptionError, match="no tokenizer"):
+        save_quantised(adapted(), None, tmp_path / "out", "gptq", calibration="rows.jsonl")
+    experts = Qwen3MoeForCausalLM(Qwen3MoeConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_experts=2,
+        num_key_value_heads=1, moe_intermediate_size=32, num_experts_per_tok=1, head_dim=16))
+    for method in ("fp8", "gptq"):
+        with pytest.raises(ModelError, match="only linear layers"):
+            save_quantised(experts, tokenizer, tmp_path / "out", method, calibration=ROWS)
     odd = adapted()
     odd.get_base_model().config.model_type = "oddity"
     with pytest.raises(ModelError, match="what comes before"):

@@ -65,7 +65,8 @@ def run_script(folder, tmp_path):
     """What serve.sh gives to a `vllm` that only prints where it is and its arguments."""
     tools = tmp_path / "bin"
     tools.mkdir(exist_ok=True)
-    (tools / "vllm").write_text(f"#!{sys.executable}\nimport os, sys, json\nprint(json.dumps([os.getcwd(), sys.argv[1:]]))")
+    (tools / "vllm").write_text(f"#!{sys.executable}\nimport os, sys, json\n"
+                                "print(json.dumps([os.getcwd(), sys.argv[1:]]))")
     (tools / "vllm").chmod(0o755)
     done = subprocess.run([str(folder / "serve.sh"), "--port", "81"], capture_output=True, text=True, check=True,
                           env=os.environ | {"PATH": f"{tools}:{os.environ['PATH']}"}, cwd="/")

@@ -45,7 +45,7 @@ class Layers:
         model: with or without an adapter, quantised or not; only its buffers are read here.
 
     Raises:
-        ModelError: its layers are not found, or hold weights that are no matrices.
+        ModelError: its layers are not found.
     """
 
     def __init__(self, model: Any) -> None:
@@ -61,11 +61,6 @@ class Layers:
                              where=type(base).__name__, found=f"no list of {count} layers",
                              expected="a causal language model of decoder layers", fix="export without quantisation")
         self.path, self.modules = found[0]
-        for name, parameter in self.modules.named_parameters():
-            if parameter.ndim > 2:
-                raise ModelError("only linear layers can be calibrated", where=f"{self.path}.{name}",
-                                 found=f"a weight of {parameter.ndim} dimensions, as of experts",
-                                 expected="a model without experts", fix="export without quantisation")
         _take_buffers(self.plain, base, self.device)
         self._forwards = [module.forward for module in self.modules]
         self._states: list[Tensor] = []
@@ -194,8 +189,8 @@ def _take_buffers(plain: Any, base: Any, device: torch.device) -> None:
             plain.set_submodule(name, copy.deepcopy(own).to(device))
             continue
         for last in module._buffers:
-            if last in own._buffers:
-                _put(module, last, own._buffers[last].detach().to(device))
+            inside = next(part for part in own.modules() if last in part._buffers)  # an adapter may lie around it
+            _put(module, last, inside._buffers[last].detach().to(device))
 
 
 def _attention(base: Any) -> str:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def save_quantised(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | Path, save_method: str, *,
+def save_quantised(model: Any, tokenizer: "PreTrainedTokenizerBase | None", folder: str | Path, save_method: str, *,
                    calibration: Any = None, rows: int = 128, length: int = 512, act_order: bool = True,
                    max_shard_size: str | int = "5GB", dtype: "str | torch.dtype | None" = None) -> SaveReport:
     """Write `model` to `folder`, which appears whole or not at all. The model in memory stays as it is.
@@ -41,7 +41,7 @@ def save_quantised(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str
 
     Args:
         model: with or without an adapter, quantised by bitsandbytes or not.
-        tokenizer: written beside it; renders the calibration data.
+        tokenizer: written beside it; renders the calibration data, so it is needed for awq and gptq.
         folder: an earlier saved model there is replaced when the new one is complete.
         save_method: "fp8" (weights with a step a row, inputs rounded token by token while it runs), "awq" (4 bits,
             https://arxiv.org/abs/2306.00978) or "gptq" (4 bits, https://arxiv.org/abs/2210.17323). 128 inputs share a
@@ -54,7 +54,8 @@ def save_quantised(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str
         dtype: of what is not quantised and of the steps, as in `save_merged`.
 
     Returns:
-        What was written, and how far it is from the merged model; beside the weights as `save_report.json`.
+        What was written, and how far it is from the merged model, for awq with its scales in it; beside the weights
+        as `save_report.json`.
 
     Raises:
         OptionError: an unknown method, type or size.
@@ -77,7 +78,11 @@ def save_quantised(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str
         check_family(unwrap(model).config.get_text_config())
     if save_method == "fp8":
         return _save_fp8(model, tokenizer, target, kept_as, limit)
+    if tokenizer is None and not _are_ids(calibration):
+        raise OptionError("there is no tokenizer to calibrate with", where="tokenizer", found="none",
+                          expected="the model's tokenizer, or rows of ids as calibration", fix="pass tokenizer=")
     layers = Layers(model)
+    _check_linear(layers.plain)
     widths = {f"{layers.path}.{number}.{name}": linear.in_features
               for number in range(len(layers.modules)) for name, linear in layers.linears(number).items()}
     group = group_for(widths)
@@ -108,6 +113,7 @@ def save_quantised(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str
 
 def _save_fp8(model: Any, tokenizer: Any, target: Path, dtype: torch.dtype, limit: int) -> SaveReport:
     plain = plain_model(model)
+    _check_linear(plain)
     linears = inner_linears(plain)
     kept = format_of("fp8", group=0, act_order=False, kept_whole=_others(plain, linears))
     with saved_checkpoint(model, tokenizer, target, "fp8", dtype=dtype, limit=limit,
@@ -172,10 +178,22 @@ def _calibration(model: Any, tokenizer: Any, data: Any, rows: int, length: int) 
     """Rows of ids, and where they come from."""
     if data is None:
         return own_text(model, tokenizer), "text that the model wrote"
-    if isinstance(data, list) and data and all(isinstance(row, Tensor) for row in data):
+    if _are_ids(data):
         return data, "rows of ids"
     return calibration_ids(data, tokenizer, rows=rows, length=length), \
         str(data) if isinstance(data, str | Path) else type(data).__name__
+
+
+def _are_ids(data: Any) -> bool:
+    return isinstance(data, list) and bool(data) and all(isinstance(row, Tensor) for row in data)
+
+
+def _check_linear(plain: Any) -> None:
+    for name, parameter in plain.named_parameters():
+        if parameter.ndim > 2:
+            raise ModelError("only linear layers can be quantised", where=name,
+                             found=f"a weight of {parameter.ndim} dimensions, as of experts",
+                             expected="a model without experts", fix="export without quantisation")
 
 
 def _others(plain: Any, quantised: Any) -> list[str]:

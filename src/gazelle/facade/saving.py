@@ -33,7 +33,9 @@ def save_checkpoint(model: Any, tokenizer: "PreTrainedTokenizerBase | None", fol
     from gazelle.export.quantised import save_quantised
 
     _check_options(options, save_quantised)
-    return save_quantised(model, tokenizer or loaded_tokenizer(model), folder, save_method, **options)
+    if tokenizer is None and save_method != "fp8":
+        tokenizer = loaded_tokenizer(model)
+    return save_quantised(model, tokenizer, folder, save_method, **options)
 
 
 def _check_options(options: dict[str, Any], function: "Callable[..., Any]") -> None:

@@ -57,7 +57,8 @@ def save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase | None", folder:
             bfloat16, which holds any float32 weight without overflow.
 
     Returns:
-        What was written, and how far each tensor is from the merged one; beside the weights as `save_report.json`.
+        What was written, and how far each tensor is from the merged one, as in `save_report.json` beside the weights;
+        for an adapter its size alone.
 
     Raises:
         OptionError: an unknown method, dtype or size; "lora" for a model without an adapter.
