@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from tests.llama import Llama
-from tests.models.families import adapt
+from tests.models.families import adapt, quantized
 
 from gazelle.base.errors import ModelError, OptionError, OutputError
 from gazelle.export.gguf import export_gguf
@@ -81,6 +81,16 @@ def test_two_adapters_at_once(model, tokenizer, tmp_path):
     adapted.add_adapter("other", LoraConfig(r=2, lora_alpha=5, target_modules=["q_proj"], init_lora_weights=False))
     adapted.base_model.set_adapter(["default", "other"])
     compare(adapted, tokenizer, tmp_path)
+
+
+def test_an_adapter_on_a_base_in_four_bits(tokenizer, tmp_path):
+    adapted = quantized(tmp_path / "base", load_in_4bit=True)
+    file = read_gguf(export_gguf_adapter(adapted, tokenizer, tmp_path / "adapter.gguf"))
+    layer = adapted.base_model.model.model.layers[1].mlp.down_proj
+    name = "blk.1.ffn_down.weight.lora_"
+    np.testing.assert_array_equal(file.read(f"{name}a"), layer.lora_A["default"].weight.detach().numpy())
+    np.testing.assert_array_equal(file.read(f"{name}b"), layer.lora_B["default"].weight.detach().numpy())
+    assert file.metadata["adapter.lora.alpha"] == 6
 
 
 @pytest.mark.parametrize(("options", "what"), [

@@ -25,7 +25,8 @@ ROWS = [torch.tensor([5, 300, 17, 42]), torch.tensor([8, 260, 99, 3, 77, 150, 20
 def reference(model):
     """In float64, of what each linear layer is really called with, one row at a time."""
     seen = {}
-    modules = {name: module for name, module in model.named_modules() if name.endswith(("proj", "lm_head"))}
+    modules = {name: module for name, module in model.named_modules() if name.endswith(("proj", "lm_head"))
+               and name.count("proj") < 2}
     hooks = [module.register_forward_pre_hook(lambda _, args, name=name: seen.setdefault(name, []).append(args[0][0]))
              for name, module in modules.items()]
     with torch.no_grad():
@@ -60,6 +61,17 @@ def test_an_adapter_counts_and_the_engine_makes_no_difference(model):
     with adapted.disable_adapter():
         without = measure_importance(adapted, ROWS)
     assert not torch.allclose(without["lm_head.weight"], plain["lm_head.weight"])
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_embeddings_with_an_adapter_and_layers_trained_in_full(model):
+    adapted = adapt(model("llama", tied=False), targets=["embed_tokens", "lm_head"],
+                    modules_to_save=["down_proj"]).eval()
+    want = reference(adapted.get_base_model())
+    found = measure_importance(adapted, ROWS)
+    assert found.keys() == want.keys()
+    for name, values in found.items():
+        torch.testing.assert_close(values.double(), want[name], rtol=1e-6, atol=0)
 
 
 def weighed(model, tokenizer, folder, method, **options):

@@ -90,10 +90,13 @@ def imatrix_fields(data: Any, rows: int, entries: int) -> dict[str, Any]:
 
 
 def _linears(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
-    """Linear layers, plain, quantised or with an adapter, whose insides are left out."""
+    """Linear layers, plain, quantised, with an adapter or trained in full, whose insides are left out."""
     for name, child in module.named_children():
         inner = f"{path}.{name}" if path else name
-        if isinstance(child, nn.Linear) or is_quantized_linear(child) or hasattr(child, "get_base_layer"):
+        layer: Any = child
+        plain = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        plain = getattr(plain, "original_module", plain)  # PEFT's, of a module to save
+        if isinstance(plain, nn.Linear) or is_quantized_linear(plain):
             yield inner, child
         else:
             yield from _linears(child, inner)

@@ -49,9 +49,9 @@ def export_ollama(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str 
         OutputError: the folder cannot be written to, or the disk is too full.
     """
     target = Path(folder).expanduser().absolute()
-    names = [f"model-{name.upper()}.gguf" for name in find_recipes(methods)]
-    texts = {("Modelfile" if number == 0 else f"Modelfile-{name[6:-5]}"): modelfile(model, tokenizer, name)
-             for number, name in enumerate(names)}
+    texts = {f"Modelfile-{name.upper()}" if number else "Modelfile":
+             modelfile(model, tokenizer, f"model-{name.upper()}.gguf")
+             for number, name in enumerate(find_recipes(methods))}
     check_writable(target)
     for name in texts:
         check_no_folder(target / name)

@@ -7,6 +7,7 @@ Shape legend: B rows, T new tokens, P tokens in the cache, G key-value heads, D 
 
 import contextlib
 import logging
+import shlex
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,8 +93,8 @@ def trtexec_command(path: str | Path, config: Any, *, batch: int = 8, length: in
     cached = min(_LONGEST, config.max_position_embeddings) - 1
     # (rows, new tokens, tokens in the cache): one token with nothing before it, a question, and the most there is.
     shapes = {"min": (1, 1, 0), "opt": (1, max(1, length // 4), cached // 4), "max": (batch, length, cached)}
-    return " ".join([f"trtexec --onnx={path} --saveEngine={Path(path).with_suffix('.engine')}",
-                     *(f"--{name}Shapes={_shapes(config, *sizes)}" for name, sizes in shapes.items())])
+    return shlex.join(["trtexec", f"--onnx={path}", f"--saveEngine={Path(path).with_suffix('.engine')}",
+                       *(f"--{name}Shapes={_shapes(config, *sizes)}" for name, sizes in shapes.items())])
 
 
 def _shapes(config: Any, rows: int, new: int, cached: int) -> str:
@@ -196,7 +197,7 @@ def _traced(model: nn.Module, config: Any, dtype: torch.dtype) -> Any:
                                      input_names=["input_ids", "attention_mask", "position_ids", *names],
                                      output_names=["logits", *_cache_names("present", config)])
     except torch.onnx.OnnxExporterError as error:
-        raise ModelError("torch cannot trace this model", where=type(model).__name__, found=str(error.__cause__),
+        raise ModelError("torch cannot trace this model", where=type(model).__name__, found=error.__cause__ or error,
                          expected="operations that ONNX has", fix="export to safetensors: save_pretrained_merged"
                          ) from error
 
