@@ -4,9 +4,13 @@ vLLM gives no logits, but the logarithms of probability of a prompt's tokens and
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
+
+
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
 
 
 def main(request_file: str, answer_file: str) -> None:
@@ -16,6 +20,7 @@ def main(request_file: str, answer_file: str) -> None:
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     import vllm
     from vllm.lora.request import LoRARequest
 
@@ -26,7 +31,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     options: dict[str, Any] = {"enforce_eager": True, "max_model_len": longest, "gpu_memory_utilization": 0.5}
     if adapter:
         rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
-        options |= {"enable_lora": True, "max_lora_rank": max(8, rank), "tokenizer": str(folder)}
+        options |= {"enable_lora": True, "max_lora_rank": next(most for most in _RANKS if most >= rank),
+                    "tokenizer": str(folder)}
     model = vllm.LLM(model=request["base"]["folder"] if adapter else str(folder), **options)
     lora = LoRARequest("adapter", 1, str(folder)) if adapter else None
     tokenizer = model.get_tokenizer()
