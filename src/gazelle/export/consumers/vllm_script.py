@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM takes as the largest
 
 
