@@ -81,6 +81,19 @@ def test_a_merged_model_in_plain_transformers(model, tokenizer, tmp_path):
     assert checks["token ids"].ok and checks["template"].ok and checks["stop tokens"].ok
 
 
+def test_a_model_in_16_bits_is_asked_in_float32_and_left_as_it_was(model, tokenizer):
+    import copy
+
+    plain = model("llama").bfloat16()
+    weights = {name: weight.data_ptr() for name, weight in plain.named_parameters()}
+    probe = probe_of(tokenizer)
+    reference = ask_model(plain, probe)
+    assert {name: weight.data_ptr() for name, weight in plain.named_parameters()} == weights
+    assert plain.dtype == torch.bfloat16
+    wide = ask_model(copy.deepcopy(plain).float(), probe)
+    np.testing.assert_array_equal(reference.logits, wide.logits)
+
+
 def test_what_is_wrong_is_found(model, tokenizer, tmp_path):
     """Another template, another head, an end that the export goes on after."""
     import copy

@@ -1,5 +1,6 @@
 """What an export and the model in memory are both asked: strings, prompts and rows, the user's if there are."""
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import torch
 from gazelle.data.conversation import Conversation, Turn
 from gazelle.data.encode import IGNORED, encode
 from gazelle.export.consumers import hf
-from gazelle.models.modes import evaluating
+from gazelle.models.modes import evaluating, in_float32
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -108,7 +109,8 @@ def make_probe(tokenizer: "PreTrainedTokenizerBase", conversations: Sequence[Con
 
 def ask_model(model: Any, probe: Probe) -> Reference:
     """The answers of the model in memory."""
-    with evaluating(model):
+    wide = in_float32(model) if model.device.type == "cpu" else contextlib.nullcontext()
+    with evaluating(model), wide:
         given, logits = hf.ask(model, probe.request())
     return Reference(given, np.empty((0, 0), np.float32) if logits is None else logits)
 

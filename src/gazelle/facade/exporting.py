@@ -1,5 +1,6 @@
 """Exporting a folder, a hub name or a file to several formats, and verifying what was written."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from gazelle.models.record import read_record
 
 if TYPE_CHECKING:
     from gazelle.export.verify import Verification
+
 
 @dataclass(frozen=True)
 class Target:
@@ -88,7 +90,7 @@ def export_checkpoint(model_name: str, to: list[str], output: Path | None = None
     Args:
         model_name: folder with an adapter or a model, hub name or GGUF file.
         to, output: as in `parse_targets`.
-        data: rows to verify with. Left out: those of the run, if the folder says where they are.
+        data: rows to verify with and to calibrate on. Left out: those of the run, if the folder says where they are.
         verify: ask each export, in the program that reads it, what the model in memory is asked.
         llama: where llama.cpp is, if not on the PATH.
         vllm: a Python with vLLM.
@@ -104,6 +106,9 @@ def export_checkpoint(model_name: str, to: list[str], output: Path | None = None
         from gazelle.export.consumers.llama import find_library
 
         find_library(llama)
+        if vllm is not None and shutil.which(vllm) is None:
+            raise OptionError("there is no such program", where="--vllm", found=vllm, expected="a Python that has vLLM",
+                              fix="name the python in the environment in which vLLM is installed")
     checkpoint = find_checkpoint(model_name)
     rows = None
     if data is not None or verify or any(way in CALIBRATED for target in targets for way in target.ways):
