@@ -126,7 +126,7 @@ def test_aliases_and_unknown_names():
 
 
 @pytest.mark.parametrize(("arguments", "found"), [
-    (["--to", "onnx"], "onnx"), (["--to", "gguf:q9"], "q9"), (["--to", "gguf:f16,"], "nothing"),
+    (["--to", "pickle"], "pickle"), (["--to", "gguf:q9"], "q9"), (["--to", "gguf:f16,"], "nothing"),
 ])
 def test_wrong_options_come_before_loading(arguments, found, checkpoint, capsys, monkeypatch):
     monkeypatch.setattr("gazelle.facade.exporting.load_model", None)
