@@ -29,7 +29,7 @@ DEMO = Path(__file__).parent.parent / "src" / "gazelle" / "demo"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--methods", default="q4_k_m,q3_k_m,q2_k")
-    parser.add_argument("--rows", type=int, default=40)
+    parser.add_argument("--rows", type=int, default=16)
     parser.add_argument("--folder", type=Path, help="where files are kept and, if they are there, taken from")
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
