@@ -112,3 +112,17 @@ def test_a_card_of_ones_own_is_not_lost(run, tmp_path, capsys):
     (tmp_path / "run-merged" / "README.md").write_text("mine")
     assert main(["export", str(run), "--to", "merged"]) == 2
     assert "other files, which would be lost" in capsys.readouterr().err
+
+
+def test_a_run_leaves_a_card_and_a_later_one_renews_it(run, tmp_path, capsys):
+    import yaml
+
+    recipe = {"model": {"name": str(tmp_path / "base"), "max_seq_length": 64, "load_in_4bit": False},
+              "lora": {"r": 2}, "data": {"train": str(tmp_path / "rows.jsonl")},
+              "train": {"max_steps": 1, "report": False, "disable_tqdm": True, "save_strategy": "no"},
+              "output_dir": str(tmp_path / "out")}
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(recipe))
+    for rank in (2, 3):
+        assert main(["train", str(tmp_path / "my.yaml"), f"lora.r={rank}", "--overwrite"]) == 0
+        card = ModelCard.load(tmp_path / "out" / "README.md")
+        assert card.data.library_name == "peft" and f"r={rank}" in card.text and "rows.jsonl" in card.text

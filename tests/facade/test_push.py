@@ -95,6 +95,14 @@ def test_files_arrive_byte_for_byte(hub, adapted, tmp_path, caplog):
     assert "| model-Q8_0.gguf |" in card.text
 
 
+def test_a_model_without_an_adapter_keeps_its_type(hub, base):
+    model, tokenizer = FastLanguageModel.from_pretrained(str(base), load_in_4bit=False, dtype="float32")
+    model.push_to_hub("whole", tokenizer=tokenizer, token=TOKEN)
+    weights = load(hub.repositories["user/whole"]["model.safetensors"])
+    assert torch.equal(weights["model.norm.weight"], model.model.norm.weight)
+    assert weights["lm_head.weight"].dtype == torch.float32
+
+
 def test_a_card_that_somebody_wrote_stays(hub, adapted):
     model, _ = adapted
     model.push_to_hub("user/adapter", token=TOKEN)

@@ -19,7 +19,7 @@ _BITS = {2: "q2_k", 3: "q3_k_m", 4: "q4_k_m", 5: "q5_k_m", 6: "q6_k", 8: "q8_0",
 def push_to_hub(self: "PreTrainedModel", repo_id: str, *, tokenizer: "PreTrainedTokenizerBase | None" = None,
                 private: bool | None = None, token: str | None = None, max_shard_size: str | int = "5GB",
                 **commit: Any) -> Any:
-    """Upload the adapter, or a model without one, with a card written from the run.
+    """Upload the adapter, or a model without one in the type that it has, with a card written from the run.
 
     Args:
         repo_id: such as "user/name"; made if need be.
@@ -35,8 +35,9 @@ def push_to_hub(self: "PreTrainedModel", repo_id: str, *, tokenizer: "PreTrained
     Raises:
         HubError: the hub refuses or cannot be reached; then nothing is committed.
     """
-    method = "lora" if hasattr(self, "peft_config") else "merged_16bit"
-    return _push(self, tokenizer, repo_id, method, private, token, max_shard_size, commit)
+    if hasattr(self, "peft_config"):
+        return _push(self, tokenizer, repo_id, "lora", private, token, max_shard_size, commit)
+    return _push(self, tokenizer, repo_id, "merged_16bit", private, token, max_shard_size, commit, dtype=self.dtype)
 
 
 def push_to_hub_merged(self: "PreTrainedModel", repo_id: str, tokenizer: "PreTrainedTokenizerBase | None" = None,

@@ -14,7 +14,7 @@ from gazelle.data.read import Rows, read_rows
 from gazelle.data.report import DataReport
 from gazelle.facade.language_model import FastLanguageModel
 from gazelle.facade.planning import check_budget
-from gazelle.models.card import write_card
+from gazelle.models.card import drop_card, write_card
 from gazelle.models.context import fit_context
 from gazelle.models.load import load_tokenizer
 from gazelle.train.prepare import encode_rows
@@ -128,6 +128,7 @@ def run(
     if overwrite and not resume:
         clear_earlier_run(Path(recipe.output_dir))
     trainer.train(resume_from_checkpoint=resume or None)
+    drop_card(Path(recipe.output_dir))
     trainer.save_model(recipe.output_dir)
     write_text(Path(recipe.output_dir) / "recipe.yaml", recipe.as_yaml())
     library = "transformers" if recipe.lora is None else "peft"

@@ -38,6 +38,13 @@ def write_card(folder: Path, model: Any, *, library: str, files: list[Path], run
     write_text(path, card_text(model, library=library, files=files, title=folder.name, run_folder=run_folder))
 
 
+def drop_card(folder: Path) -> None:
+    """Delete an earlier card of ours: PEFT would write into it, and it would pass for somebody's."""
+    path = folder / NAME
+    if path.exists() and is_untouched(path.read_text(encoding="utf-8", errors="replace")):
+        path.unlink()
+
+
 def is_untouched(text: str) -> bool:
     """Whether `card_text` wrote this, and nobody has changed it."""
     found = _MARK.search(text)
