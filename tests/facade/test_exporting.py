@@ -126,3 +126,12 @@ def test_a_run_leaves_a_card_and_a_later_one_renews_it(run, tmp_path, capsys):
         assert main(["train", str(tmp_path / "my.yaml"), f"lora.r={rank}", "--overwrite"]) == 0
         card = ModelCard.load(tmp_path / "out" / "README.md")
         assert card.data.library_name == "peft" and f"r={rank}" in card.text and "rows.jsonl" in card.text
+
+
+def test_what_came_before_an_error_is_shown(run, tmp_path, capsys):
+    (tmp_path / "out" / "merged").mkdir(parents=True)
+    (tmp_path / "out" / "merged" / "notes.txt").write_text("mine")
+    assert main(["export", str(run), "--to", "gguf:f16", "--to", "merged", "-o", str(tmp_path / "out")]) == 2
+    printed = capsys.readouterr()
+    assert str(tmp_path / "out" / "gguf" / "model-F16.gguf") in printed.out
+    assert "other files, which would be lost" in printed.err

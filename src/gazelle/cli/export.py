@@ -5,6 +5,7 @@ from pathlib import Path
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -26,14 +27,17 @@ def export_command(model: str, to: list[str], output: Path | None, *, data: Path
         def show(what: str, count: int, total: int) -> None:
             progress.update(task, description=what, completed=count, total=total or None)
 
-        with watched(show):
-            done.extend(export_checkpoint(
-                model, to, output, data=str(data) if data else None, verify=verify, llama=str(llama) if llama else None,
-                vllm=str(vllm) if vllm else None))
-    for exported in done:
-        typer.echo(f"{exported.target.label}, {exported.seconds:.1f} s")
-        for path in exported.files:
-            typer.echo(f"  {path}  {megabytes(path.stat().st_size)}")
+        try:
+            with watched(show):
+                done.extend(export_checkpoint(  # what came before an error is kept, and shown
+                    model, to, output, data=str(data) if data else None, verify=verify,
+                    llama=str(llama) if llama else None, vllm=str(vllm) if vllm else None))
+        finally:
+            progress.stop()
+            for exported in done:
+                typer.echo(f"{exported.target.label}, {exported.seconds:.1f} s")
+                for path in exported.files:
+                    typer.echo(f"  {path}  {megabytes(path.stat().st_size)}")
     if verify:
         typer.echo(f"\nall in all {time.perf_counter() - began:.0f} s\n")
         if _show_verification(done):
@@ -49,11 +53,11 @@ def _show_verification(done: list[Exported]) -> bool:
     names = list(dict.fromkeys(check.name for one in verified for check in one.checks))
     for one in verified:
         table.add_column(Path(one.export).name, overflow="fold")
-    table.add_row("read by", *(one.consumer or "nothing" for one in verified))
+    table.add_row("read by", *(escape(one.consumer) or "nothing" for one in verified))
     for name in names:
         found = [next((check for check in one.checks if check.name == name), None) for one in verified]
-        table.add_row(name, *("-" if check is None else f"[bold red]WRONG[/] {check.found}" if check.ok is False
-                              else check.found for check in found))
+        table.add_row(name, *("-" if check is None else f"[bold red]WRONG[/] {escape(check.found)}" if check.ok is False
+                              else escape(check.found) for check in found))
     Console().print(table)
     for one in verified:
         if one.note:
