@@ -1,6 +1,7 @@
 """Asks an export, in the program that is going to read it, what the model in memory was asked, and compares."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -134,8 +135,9 @@ def run_consumer(command: list[str], request: dict[str, Any]
             raise ConsumerError(UserError(**given["refused"]))
         if done.returncode or not given:
             logger.error("%s", done.stderr[-2000:])
-            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no reason given")
-            raise ConsumerError(f"ended with {done.returncode}: {last}")
+            said = [line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"]
+            errors = [line for line in said if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+            raise ConsumerError(f"ended with {done.returncode}: {(errors or said)[-1]}")
         logits = answered.with_suffix(".npy")
         return given, np.load(logits, allow_pickle=False) if logits.exists() else None
 
