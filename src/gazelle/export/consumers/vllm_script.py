@@ -40,8 +40,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     answers = model.generate([{"prompt_token_ids": prompt} for prompt in request["prompts"]], greedy,
                              lora_request=lora, use_tqdm=False)
     look = vllm.SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-    looked = model.generate([{"prompt_token_ids": row["ids"]} for row in request["rows"]], look, lora_request=lora,
-                            use_tqdm=False)
+    # One row at a time: on a CPU, vLLM 0.32 fails at the log-probabilities of several prompts under an adapter.
+    looked = [model.generate([{"prompt_token_ids": row["ids"]}], look, lora_request=lora, use_tqdm=False)[0]
+              for row in request["rows"]]
     logprobs, likeliest = [], []
     for row, result in zip(request["rows"], looked, strict=True):
         places = [(row["ids"][at + 1], result.prompt_logprobs[at + 1]) for at in row["at"]]
