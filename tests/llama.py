@@ -166,10 +166,10 @@ class Llama:
         return text.decode() if text else ""
 
 
-def quantize(source: Path, target: Path, ftype: int) -> None:
-    """llama.cpp's own quantisation of a file; `ftype` is a value of `gguf.LlamaFileType`."""
+def quantize(source: Path, target: Path, ftype: int, imatrix: int | None = None) -> None:
+    """llama.cpp's own quantisation of a file; `ftype` is a value of `gguf.LlamaFileType`, `imatrix` an address."""
     c = library()
     settings = c.llama_model_quantize_default_params()
-    settings.threads, settings.ftype = 1, ftype
+    settings.threads, settings.ftype, settings.rest[0] = 1, ftype, imatrix
     LOG.clear()
     assert c.llama_model_quantize(str(source).encode(), str(target).encode(), ctypes.byref(settings)) == 0, "".join(LOG)

@@ -48,9 +48,9 @@ def test_no_command_is_untested() -> None:
         ".venv/bin/gazelle chat out/demo",
         "gazelle recipes", "gazelle recipes lora > my.yaml", "gazelle train my.yaml --dry-run",
         "gazelle train my.yaml train.learning_rate=1e-4", "gazelle train my.yaml --print-recipe",
-        "gazelle train my.yaml --resume",
-        "gazelle chat out/lora", "gazelle export out/lora --to gguf:q4_k_m,q8_0", "gazelle doctor", "gazelle bench",
-        "gazelle run script.py",
+        "gazelle train my.yaml --resume", "gazelle run script.py",
+        "gazelle chat out/lora", "gazelle export out/lora --to gguf:q4_k_m,q8_0",
+        "gazelle export out/lora --to merged --verify", "gazelle doctor", "gazelle bench",
         "gazelle plan SmolLM2-135M-Instruct.gguf --seq 512 --batch 8 --budget 3GB",
     }
 
@@ -103,7 +103,13 @@ def test_the_commands_of_a_recipe(
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello?\n"))
     assert main(["chat", "out/lora", "--max-new-tokens", "4"]) == 0
     assert main(["export", "out/lora", "--to", "gguf:q4_k_m,q8_0"]) == 0
-    assert {path.name for path in Path("out/lora-gguf").iterdir()} == {"model-Q4_K_M.gguf", "model-Q8_0.gguf"}
+    assert {path.name for path in Path("out/lora-gguf").iterdir()} \
+        == {"README.md", "model-Q4_K_M.gguf", "model-Q8_0.gguf"}
+    capsys.readouterr()
+    for name, fewer in (("PROMPTS", 2), ("TOKENS", 8), ("ROWS", 3)):
+        monkeypatch.setattr(f"gazelle.export.verify_probe.{name}", fewer)
+    assert main(["export", "out/lora", "--to", "merged", "--verify"]) == 0
+    assert "prompts from train.jsonl" in capsys.readouterr().out.replace(str(tmp_path) + "/", "")
     assert main(["doctor"]) == 0
 
 
@@ -149,6 +155,7 @@ def test_the_python_example(demo_gguf: Path, tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "lora_model/adapter_model.safetensors").exists()
     assert (tmp_path / "merged/model.safetensors").exists()
     assert (tmp_path / "gguf/model-Q4_K_M.gguf").exists()
+    assert (tmp_path / "vllm/serve.sh").exists()
 
 
 def test_figures_come_from_the_result_file() -> None:

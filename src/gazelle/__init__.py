@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gazelle.data.sharegpt import standardize_sharegpt, to_sharegpt
     from gazelle.facade.language_model import FastLanguageModel
     from gazelle.facade.scripts.calls import add_new_tokens, unsloth_train
+    from gazelle.facade.vllm import prepare_for_vllm
     from gazelle.models.precision import MixedPrecisionConfig
     from gazelle.models.swap import accelerate, explain, restore
     from gazelle.train.config import SFTConfig
@@ -40,6 +41,7 @@ _HOMES = {
     "explain": "gazelle.models.swap",
     "get_chat_template": "gazelle.data.chat",
     "is_bfloat16_supported": "gazelle.base.device",
+    "prepare_for_vllm": "gazelle.facade.vllm",
     "profile_io": "gazelle.train.strategies.profile",
     "restore": "gazelle.models.swap",
     "standardize_sharegpt": "gazelle.data.sharegpt",
@@ -51,7 +53,8 @@ _HOMES = {
 __all__ = ["CurriculumTrainer", "DistillationTrainer", "DynamicSequenceLengthTrainer", "FastLanguageModel",
            "GazelleError", "MixedPrecisionConfig", "SFTConfig", "SFTTrainer", "UserError", "__version__", "accelerate",
            "add_new_tokens", "apply_chat_template", "explain", "get_chat_template", "is_bfloat16_supported",
-           "profile_io", "restore", "standardize_sharegpt", "to_sharegpt", "train_on_responses_only", "unsloth_train"]
+           "prepare_for_vllm", "profile_io", "restore", "standardize_sharegpt", "to_sharegpt", "train_on_responses_only",
+           "unsloth_train"]
 
 
 def __getattr__(name: str) -> object:

@@ -73,3 +73,48 @@ def test_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch) -
     assert cache_folder() == Path("/x/gazelle")
     monkeypatch.setenv("GAZELLE_CACHE", "/y")
     assert cache_folder() == Path("/y")
+
+
+def test_what_a_killed_process_left_is_cleared_and_what_another_writes_stays(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+    (tmp_path / ".out.writing-abcd1234").mkdir()
+    (tmp_path / ".out.writing-abcd1234" / "half").write_text("x")
+    (tmp_path / ".out.settings").write_text("somebody's")
+    with staged_folder(target) as first:
+        with staged_folder(target) as second:
+            assert first.exists() and second != first
+        assert first.exists()
+        (first / "a").write_text("1")
+    assert sorted(os.listdir(tmp_path)) == [".out.settings", "out"]
+    (tmp_path / ".a.writing-00000000").write_text("half")
+    write_text(tmp_path / "a", "whole")
+    assert sorted(os.listdir(tmp_path)) == [".out.settings", "a", "out"]
+
+
+def test_where_names_cannot_be_swapped_a_kill_between_two_renames_is_mended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gazelle.base import files
+
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    target = tmp_path / "out"
+    for text in ("1", "2"):
+        with staged_folder(target) as folder:
+            (folder / "a").write_text(text)
+    assert (target / "a").read_text() == "2" and os.listdir(tmp_path) == ["out"]
+    target.replace(tmp_path / ".out.earlier-abcd1234")
+    with pytest.raises(RuntimeError), staged_folder(target):
+        assert (target / "a").read_text() == "2"
+        raise RuntimeError
+    assert os.listdir(tmp_path) == ["out"]
+
+
+def test_a_full_disk_is_said_as_such(tmp_path: Path) -> None:
+    import errno
+
+    with pytest.raises(OutputError, match="cannot be written") as caught, staged_folder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert "bytes free" in caught.value.found
+    with pytest.raises(FileNotFoundError), staged_folder(tmp_path / "out"):
+        raise FileNotFoundError(errno.ENOENT, "of another kind")
+    assert os.listdir(tmp_path) == []

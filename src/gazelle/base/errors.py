@@ -66,6 +66,10 @@ class OutputError(UserError):
     """A place that cannot be written to."""
 
 
+class HubError(UserError):
+    """The hub cannot be reached, or refuses."""
+
+
 class MissingDependencyError(UserError):
     """An optional package that the asked-for feature needs."""
 

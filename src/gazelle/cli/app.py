@@ -79,13 +79,24 @@ def chat(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(help="Folder that training wrote, or any checkpoint.")],
-    to: Annotated[str, typer.Option(help="Format and ways of quantising: gguf:q4_k_m,q8_0")] = "gguf:q8_0",
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder. Default: MODEL-gguf.")] = None,
+    to: Annotated[
+        list[str] | None,
+        typer.Option(help="Format and ways: gguf:q4_k_m,q8_0, merged, merged:lora. Repeat it for several formats."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder. Default: MODEL-FORMAT.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Rows to verify with and to calibrate on. Default: those of the run.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Ask each export what the model in memory is asked.")
+    ] = False,
+    llama: Annotated[Path | None, typer.Option(help="Folder of llama.cpp. Default: what is installed.")] = None,
+    vllm: Annotated[Path | None, typer.Option(help="A Python that has vLLM, to verify with.")] = None,
 ) -> None:
-    """Write a model, its adapter merged, in another format: GGUF for llama.cpp, Ollama and LM Studio."""
+    """Write a model, its adapter merged, in other formats, and verify that they answer as it does."""
     from gazelle.cli.export import export_command
 
-    export_command(model, to, output)
+    export_command(model, to or ["gguf:q8_0"], output, data=data, verify=verify, llama=llama, vllm=vllm)
 
 
 @app.command()

@@ -15,12 +15,16 @@ from torch import Tensor
 
 from gazelle.adapters.merge import merged_tensors
 from gazelle.adapters.unwrap import unwrap
-from gazelle.base.errors import ModelError, OutputError
+from gazelle.base.errors import ModelError
 from gazelle.base.files import check_writable, staged_file
+from gazelle.base.log import logger
+from gazelle.base.progress import tell
+from gazelle.export.checks import check_no_folder, text_config
 from gazelle.export.gguf_families import Family, check_bias, converted, family_of, fields_of
 from gazelle.export.gguf_file import GgufOutput, file_fields
 from gazelle.export.gguf_recipe import Recipe, Shape, find_recipes, kind_of
 from gazelle.export.gguf_tokenizer import tokenizer_fields
+from gazelle.export.importance import imatrix_fields, importance_of
 from gazelle.models.checkpoint import check_finite
 from gazelle.models.load import quiet
 from gazelle.models.outline import meta_model
@@ -32,11 +36,12 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 _PHI3_TOKENS = {"<s>", "</s>", "<unk>", "<|endoftext|>"}
-_HEADER = 1 << 20  # allowed for metadata besides the vocabulary, which is counted
+HEADER = 1 << 20  # allowed for metadata besides the vocabulary, which is counted
 
 
 def export_gguf(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | Path,
-                methods: str | list[str] = "q8_0") -> list[Path]:
+                methods: str | list[str] = "q8_0", *, calibration: Any = None, add_bos: bool | None = None
+                ) -> list[Path]:
     """Write `model` to `folder` as `model-Q8_0.gguf` and the like. The model in memory stays as it is.
 
     Args:
@@ -44,12 +49,15 @@ def export_gguf(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | 
         tokenizer: the one it was trained with; its chat template goes into the file.
         folder: made if need be. Files of other names in it stay.
         methods: one of `gguf_recipe.RECIPES` or several, as a list or separated by commas.
+        calibration: rows that show which columns of each weight matter most, in any form that `read_rows` takes.
+        add_bos: whether programs put BOS before a text; left out, they do as the tokenizer does.
 
     Returns:
         The files, in the order of `methods`.
 
     Raises:
         OptionError: an unknown method.
+        DataError: calibration rows that cannot be read.
         ModelError: a model, adapter or tokenizer that cannot be written as GGUF, or weights with NaN or infinity; then
             and at any other error earlier files in the folder are what they were.
         OutputError: the folder cannot be written to, or the disk is too full.
@@ -57,29 +65,33 @@ def export_gguf(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | 
     target = Path(folder).expanduser().absolute()
     recipes = find_recipes(methods)
     base = unwrap(model)
-    config = base.config.get_text_config()
-    if config is not base.config:
-        raise ModelError("only models of text alone can be written as GGUF", where=type(base).__name__,
-                         found="a language model inside another model", expected="a causal language model",
-                         fix="load its text part, AutoModelForCausalLM with config.text_config, and export that")
+    config = text_config(base)
     family = family_of(config)
     fields, extra = fields_of(config, family)
     check_readable(base)
     check_writable(target)
     tied = _tied(model, base, family)
-    names = _names(config, family, tied)
+    names = tensor_names(config, family, tied)
     ends = [*stop_ids(getattr(base, "generation_config", None)), *stop_ids(base.config)]
     fields |= tokenizer_fields(tokenizer, names["model.embed_tokens.weight"][1][0], ends)
+    if add_bos is not None:
+        fields["tokenizer.ggml.add_bos_token"] = add_bos
     shape = Shape(config.num_hidden_layers, config.num_attention_heads, config.num_key_value_heads, tied,
-                  _seventy_b(config))
+                  _seventy_b(config), calibration is not None)
     paths = [target / f"model-{name.upper()}.gguf" for name in recipes]
     for path in paths:
-        if path.is_dir():
-            raise OutputError("a folder has the name of the file", where=str(path), found="a folder",
-                              expected="a file, or nothing", fix="move it away, or export to another folder")
+        check_no_folder(path)
     check_space(target, sum(_size(recipe, names, shape, fields) for recipe in recipes.values()))
+    importance: dict[str, Tensor] = {}
+    if calibration is not None and any(KINDS[recipe.kind].searched for recipe in recipes.values()):
+        importance, rows = importance_of(model, tokenizer, calibration)
+        importance = {names[name][0]: values for name, values in importance.items() if name in names}
+        fields |= imatrix_fields(calibration, rows, len(importance))
+    elif calibration is not None:
+        logger.warning("calibration changes nothing in %s: these formats do not choose what to round well.",
+                       ", ".join(recipes))
     target.mkdir(parents=True, exist_ok=True)
-    with _outputs(paths, list(recipes.values()), family, fields, _title(tokenizer, base, target)) as outputs:
+    with _outputs(paths, list(recipes.values()), family, fields, title_of(tokenizer, base, target)) as outputs:
         for output, recipe in zip(outputs, recipes.values(), strict=True):
             for name, tensor in extra.items():
                 output.announce(name, tuple(tensor.shape), "f32")
@@ -88,9 +100,10 @@ def export_gguf(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | 
             output.begin()
             for name, tensor in extra.items():
                 output.write(name, tensor)
-        for name, weight in _weights(model, names, family, config):
+        for number, (name, weight) in enumerate(_weights(model, names, family, config)):
+            tell(name, number, len(names))
             for output in outputs:
-                output.write(name, weight)
+                output.write(name, weight, importance.get(name))
     return paths
 
 
@@ -128,7 +141,7 @@ def _outputs(paths: list[Path], recipes: list[Recipe], family: Family, fields: d
         yield outputs
 
 
-def _names(config: "PretrainedConfig", family: Family, tied: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
+def tensor_names(config: "PretrainedConfig", family: Family, tied: bool) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Parameter name -> llama.cpp's name and the shape, in the order in which `merged_tensors` gives them."""
     import gguf
 
@@ -159,7 +172,7 @@ def _tied(model: Any, base: Any, family: Family) -> bool:
 
 def _size(recipe: Recipe, names: dict[str, tuple[str, tuple[int, ...]]], shape: Shape, fields: dict[str, Any]) -> int:
     """Bytes of a file, a little more rather than less."""
-    total = _HEADER
+    total = HEADER
     for name, size in names.values():
         total += KINDS[kind_of(name, size, recipe, shape)].row(prod(size)) + len(name) + 96
     for value in fields.values():
@@ -174,7 +187,7 @@ def _seventy_b(config: "PretrainedConfig") -> bool:
                                                or (config.model_type in ("llama", "mistral") and grouped))
 
 
-def _title(tokenizer: Any, base: Any, target: Path) -> str:
+def title_of(tokenizer: Any, base: Any, target: Path) -> str:
     """The model's name. Where that says Phi-3, llama.cpp looks for its tokens and has special ones swallow spaces."""
     name = Path(getattr(base.config, "_name_or_path", "") or target).name
     named = "phi-3" in name.lower() or "phi3" in name.lower()

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from gazelle.base.errors import ModelError, OutputError
+from gazelle.base.files import free_bytes
 from gazelle.export.gguf_recipe import Recipe
 from gazelle.quantize.gguf import KINDS, quantize
 
@@ -54,8 +55,8 @@ class GgufOutput:
             self._writer.write_kv_data_to_file()
             self._writer.write_ti_data_to_file()
 
-    def write(self, name: str, weight: Tensor) -> None:
-        """Quantise and write the next tensor, which is in float32 on the CPU."""
+    def write(self, name: str, weight: Tensor, importance: Tensor | None = None) -> None:
+        """Quantise and write the next tensor, which is in float32 on the CPU; `importance` has a number a column."""
         import torch
 
         kind = self._kinds[name]
@@ -65,7 +66,7 @@ class GgufOutput:
         rows = weight.reshape(-1, weight.shape[-1])
         step = max(1, _CHUNK // rows.shape[1])
         try:
-            parts = [quantize(part, kind).reshape(-1) for part in rows.split(step)]
+            parts = [quantize(part, kind, importance).reshape(-1) for part in rows.split(step)]
         except ModelError as error:
             raise ModelError(error.what, where=name, found=error.found, expected=error.expected,
                              fix='use quantization_method="bf16"') from error
@@ -83,8 +84,10 @@ class GgufOutput:
         try:
             yield
         except OSError as error:
+            found = error.strerror or f"a write that was cut short, {error}"  # numpy's has no number
             raise OutputError("the GGUF file cannot be written", where=str(self.path.parent),
-                              found=error.strerror or str(error), expected=f"room for {self.size:,} bytes",
+                              found=f"{found}; {free_bytes(self.path):,} bytes free",
+                              expected=f"room for {self.size:,} bytes",
                               fix="make room, or choose a folder on another disk") from error
 
 

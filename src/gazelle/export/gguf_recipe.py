@@ -1,9 +1,9 @@
 """Which block format each tensor of a GGUF file gets: the mixtures that llama.cpp calls q4_k_m and the like.
 
-The facts are those of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp, for dense decoders and without an
-importance matrix. A file's name states the format of most of its matrices. The head gets more bits, and in the k
-formats values (attn_v, or attn_qkv where they are fused), the way out of attention and out of the MLP do in all or
-some layers, since errors there cost most.
+The facts are those of `llama_tensor_get_type` in llama.cpp's src/llama-quant.cpp, for dense decoders. A file's name
+states the format of most of its matrices. The head gets more bits, and in the k formats values (attn_v, or attn_qkv
+where they are fused), the way out of attention and out of the MLP do in all or some layers, since errors there cost
+most. With an importance matrix, q4_0 and q5_0 have a minimum a block in the first layers' way out of the MLP.
 """
 
 import re
@@ -36,9 +36,9 @@ RECIPES = {
     "f32": Recipe(0, "f32"),
     "f16": Recipe(1, "f16"),
     "bf16": Recipe(32, "bf16"),
-    "q4_0": Recipe(2, "q4_0"),
+    "q4_0": Recipe(2, "q4_0", down=(("first eighth, weighed", "q4_1"),)),
     "q4_1": Recipe(3, "q4_1"),
-    "q5_0": Recipe(8, "q5_0"),
+    "q5_0": Recipe(8, "q5_0", down=(("first eighth, weighed", "q5_1"),)),
     "q5_1": Recipe(9, "q5_1"),
     "q8_0": Recipe(7, "q8_0"),
     "q2_k": Recipe(10, "q2_k", value=(("grouped", "q4_k"), ("all", "q3_k")), down=(("all", "q3_k"),),
@@ -70,6 +70,7 @@ class Shape:
         heads, kv_heads: of queries, and of keys and values.
         tied: there is no output.weight, so token_embd.weight is the head as well.
         seventy_b: llama.cpp knows it as one of its 70B models, whose values are few and get more bits.
+        weighed: quantised with an importance matrix.
     """
 
     layers: int
@@ -77,6 +78,7 @@ class Shape:
     kv_heads: int
     tied: bool
     seventy_b: bool = False
+    weighed: bool = False
 
 
 def find_recipes(methods: str | list[str] | tuple[str, ...], where: str = "quantization_method") -> dict[str, Recipe]:
@@ -141,6 +143,7 @@ def _holds(where: str, layer: int, model: Shape) -> bool:
         "first 2": layer < 2,
         "first 4": layer < 4,
         "first eighth": layer < eighth,
+        "first eighth, weighed": model.weighed and layer < eighth,
         "first sixteenth": layer < model.layers // 16,
         "ends and every third": layer < eighth or layer >= 7 * model.layers // 8 or (layer - eighth) % 3 == 2,
     }[where]

@@ -53,7 +53,7 @@ def tokenizer_fields(tokenizer: Any, size: int, ends: list[int]) -> Fields:
     fields = _byte_level(tokenizer, spec) if _steps(spec)[-1:] in ([_BYTES], [_GPT2_BYTES]) else \
         _sentencepiece(tokenizer, spec, texts, kinds)
     fields |= {"tokens": texts, "token_type": kinds} | _special(tokenizer, ends)
-    return {f"tokenizer.ggml.{key}": value for key, value in fields.items()} | _templates(tokenizer)
+    return {f"tokenizer.ggml.{key}": value for key, value in fields.items()} | template_fields(tokenizer)
 
 
 def _tokens(tokenizer: Any, spec: dict[str, Any], size: int) -> tuple[list[str], list[int]]:
@@ -172,7 +172,8 @@ def _special(tokenizer: Any, ends: list[int]) -> Fields:
     return fields
 
 
-def _templates(tokenizer: Any) -> Fields:
+def template_fields(tokenizer: Any) -> Fields:
+    """The chat template, or all of them by name, as metadata."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         default = template.get("default") or next(iter(template.values()))

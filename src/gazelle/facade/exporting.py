@@ -1,74 +1,137 @@
-"""Exporting from what a user has at hand: a folder, or a model without its tokenizer."""
+"""Exporting a folder, a hub name or a file to several formats, and verifying what was written."""
 
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.files import check_writable
+from gazelle.base.progress import tell
+from gazelle.facade.formats import CALIBRATED, FORMATS, find_ways, usage
+from gazelle.models.card import write_card
 from gazelle.models.checkpoint import find_checkpoint
-from gazelle.models.load import load_model, load_tokenizer
+from gazelle.models.load import load_model
 from gazelle.models.record import read_record
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-FORMATS = ("gguf",)
+    from gazelle.export.verify import Verification
 
 
-def export_checkpoint(model_name: str, to: str, output: Path | None = None) -> list[Path]:
-    """Write a model in another format.
+@dataclass(frozen=True)
+class Target:
+    """One format to export to, its ways, and where to. `label` is the whole as the user may type it."""
+
+    name: str
+    ways: list[str]
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        """Such as "gguf:q4_k_m,q8_0"."""
+        return f"{self.name}:{','.join(self.ways)}" if self.ways else self.name
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What came of one target: its files, how long they took, and the verification of each export in it."""
+
+    target: Target
+    files: list[Path]
+    seconds: float
+    verified: "list[Verification]"
+
+
+def parse_targets(model_name: str, to: list[str], output: Path | None = None) -> list[Target]:
+    """What `--to` asks for, each once, with a folder for each: MODEL-gguf and the like beside the model.
+
+    Args:
+        model_name: folder, hub name or GGUF file; a hub name is exported to the current folder.
+        to: texts such as "gguf:q4_k_m,q8_0".
+        output: the folder, or with several targets the one in which each gets its own.
+
+    Raises:
+        OptionError: an unknown format or way.
+        OutputError: a folder that cannot be written to.
+    """
+    targets: dict[str, Target] = {}
+    for text in dict.fromkeys(to):
+        name, _, behind = text.strip().lower().partition(":")
+        if (name := name.strip()) not in FORMATS:
+            raise OptionError("there is no such format to export to", where="--to", found=text,
+                              expected=", ".join(map(usage, FORMATS)), fix=nearest(name, FORMATS))
+        ways = find_ways(name, behind, text)
+        suffix = name if FORMATS[name].several or ways == find_ways(name, "", text) else f"{name}-{ways[0]}"
+        earlier = targets.get(suffix)
+        targets[suffix] = Target(name, list(dict.fromkeys([*(earlier.ways if earlier else ()), *ways])), Path(suffix))
+    path = Path(model_name).expanduser()
+    local = Path(path.name).absolute()
+    if path.exists():  # beside a link, not beside what it leads to
+        local = path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
+    found = []
+    for suffix, target in targets.items():
+        folder = local.with_name(f"{local.name.removesuffix('.gguf')}-{suffix}")
+        if output is not None:
+            folder = output / suffix if len(targets) > 1 else output
+        check_writable(folder.absolute())
+        found.append(Target(target.name, target.ways, folder))
+    return found
+
+
+def export_checkpoint(model_name: str, to: list[str], output: Path | None = None, *, data: str | None = None,
+                      verify: bool = False, llama: str | None = None, vllm: str | None = None) -> Iterator[Exported]:
+    """Write a model in other formats, one after another.
 
     A model that lies in its files as it is to be read is mapped from there instead of being loaded. An adapter goes
     onto its base as that was kept in training.
 
     Args:
         model_name: folder with an adapter or a model, hub name or GGUF file.
-        to: the format and, behind a colon, ways of quantising, such as "gguf:q4_k_m,q8_0".
-        output: folder; left out: the model's own name and "-gguf", beside it, or for a hub name here.
+        to, output: as in `parse_targets`.
+        data: rows to verify with and to calibrate on. Left out: those of the run, if the folder says where they are.
+        verify: ask each export, in the program that reads it, what the model in memory is asked.
+        llama: where llama.cpp is, if not on the PATH.
+        vllm: a Python with vLLM.
 
-    Returns:
-        The files.
+    Yields:
+        What came of each target, as it is done.
 
     Raises:
-        UserError: before the model is loaded, for options and a folder that cannot be written to.
+        UserError: before the model is loaded, for options, data and folders that cannot be used.
     """
-    from gazelle.export.gguf import export_gguf
-    from gazelle.export.gguf_recipe import find_recipes
+    targets = parse_targets(model_name, to, output)
+    if verify:
+        from gazelle.export.consumers.llama import find_library
 
-    kind, _, methods = to.partition(":")
-    if (kind := kind.strip().lower()) not in FORMATS:
-        raise OptionError("there is no such format to export to", where="--to", found=to,
-                          expected="gguf:METHOD, or several METHODs with commas between them",
-                          fix=nearest(kind, FORMATS))
-    methods = methods or "q8_0"
-    find_recipes(methods, where="--to")
-    path = Path(model_name).expanduser()
-    local = Path(path.name).absolute()
-    if path.exists():  # beside a link, not beside what it leads to
-        local = path.resolve() if path.name in ("", "..") else path.parent.resolve() / path.name
-    target = output or local.with_name(f"{local.name.removesuffix('.gguf')}-gguf")
-    check_writable(target.absolute())
+        find_library(llama)
+        if vllm is not None and shutil.which(vllm) is None:
+            raise OptionError("there is no such program", where="--vllm", found=vllm, expected="a Python that has vLLM",
+                              fix="name the python in the environment in which vLLM is installed")
     checkpoint = find_checkpoint(model_name)
+    rows = None
+    if data is not None or verify or any(way in CALIBRATED for target in targets for way in target.ways):
+        from gazelle.facade.rows import find_rows
+
+        rows = find_rows(checkpoint.folder, data)
     recorded = checkpoint.adapter is not None and "load_in_4bit" in read_record(checkpoint.folder)
+    tell("loading the model")
     model, tokenizer = load_model(model_name, load_in_4bit=None if recorded else False, dtype="auto",
                                   device_map="cpu", is_trainable=False)
-    return export_gguf(model, tokenizer, target, methods)
+    asked = None
+    if verify:
+        from gazelle.facade.verifying import Verifier
 
-
-def loaded_tokenizer(model: Any) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the checkpoint that `model` was loaded from.
-
-    Raises:
-        OptionError: it is not known, or tokens were added since.
-    """
-    name = getattr(unwrap(model).config, "_name_or_path", "")
-    if not name:
-        raise OptionError("the model does not know its tokenizer", where="tokenizer", found="none",
-                          expected="the model's tokenizer", fix="pass tokenizer=")
-    tokenizer, _ = load_tokenizer(name)
-    used = getattr(unwrap(model), "tokens_in_use", len(tokenizer))
-    if used != len(tokenizer):
-        raise OptionError("tokens were added to the model's tokenizer", where="tokenizer", found=f"{used:,} tokens",
-                          expected=f"{len(tokenizer):,}, those of {name}", fix="pass tokenizer=")
-    return tokenizer
+        asked = Verifier(model, tokenizer, rows, llama=llama, vllm=vllm)
+    for target in targets:
+        began = time.perf_counter()
+        tell(f"writing {target.label}")
+        chosen = FORMATS[target.name]
+        # An importance matrix for GGUF takes time, so that it is made of rows that the user names alone.
+        calibration = rows if data is not None or not chosen.several else None
+        files = chosen.write(model, tokenizer, target.folder, target.ways, calibration)
+        library = "peft" if target.ways == ["lora"] else chosen.library
+        write_card(target.folder, model, library=library, files=files, run_folder=checkpoint.folder)
+        seconds = time.perf_counter() - began
+        yield Exported(target, files, seconds, asked.check(target.folder, files, chosen.consumer) if asked else [])

@@ -8,11 +8,12 @@ from gazelle.adapters.tokens import resize_token_embeddings
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import log_to_terminal, say_once
-from gazelle.facade.exporting import loaded_tokenizer
+from gazelle.facade.hub import push_to_hub, push_to_hub_gguf, push_to_hub_merged
+from gazelle.facade.saving import loaded_tokenizer, save_checkpoint
 from gazelle.models.load import load_model
 from gazelle.models.precision import MixedPrecisionConfig, set_mixed_precision
 from gazelle.models.record import record_base
-from gazelle.models.save import save_merged
+from gazelle.models.requantize import quantize_model
 from gazelle.train.ratio import set_ratio
 from gazelle.train.strategies.incremental import Replay
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from gazelle.models.saved import SaveReport
 
 
 # What scripts written for Unsloth pass, and why it means nothing here.
@@ -191,6 +194,11 @@ def bind(model: Any) -> Any:
     model.save_pretrained = types.MethodType(_save_pretrained, model)
     model.save_pretrained_gguf = types.MethodType(_save_pretrained_gguf, model)
     model.save_pretrained_merged = types.MethodType(_save_pretrained_merged, model)
+    model.push_to_hub = types.MethodType(push_to_hub, model)
+    model.push_to_hub_merged = types.MethodType(push_to_hub_merged, model)
+    model.push_to_hub_gguf = types.MethodType(push_to_hub_gguf, model)
+    model.export_onnx = types.MethodType(_export_onnx, model)
+    model.quantize = types.MethodType(_quantize, model)
     model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
     model.gradient_checkpointing_enable = types.MethodType(_gradient_checkpointing_enable, model)
     model.enable_incremental_tuning = types.MethodType(_enable_incremental_tuning, model)
@@ -263,6 +271,8 @@ def _save_pretrained_gguf(
     save_directory: str,
     tokenizer: "PreTrainedTokenizerBase | None" = None,
     quantization_method: str | list[str] = "q8_0",
+    save_method: str = "merged",
+    calibration: Any = None,
 ) -> "list[Path]":
     """Write GGUF files for llama.cpp, Ollama and LM Studio, such as `model-Q4_K_M.gguf`; an adapter is merged first.
 
@@ -270,15 +280,25 @@ def _save_pretrained_gguf(
         save_directory: made if need be; other files in it stay. Each file appears whole or not at all.
         tokenizer: written into the files. Left out: the one that the model was loaded with.
         quantization_method: "q4_k_m", "q8_0", "f16" or another one of llama.cpp's names, or a list of them.
+        save_method: "merged", or "lora" for the adapter alone, as `adapter.gguf`, which llama.cpp puts on a GGUF file
+            of the base.
+        calibration: rows, in any form that training takes, on which the model is run to see which columns of each
+            weight matter most; they are quantised with smaller errors then.
 
     Returns:
         The files.
     """
     from gazelle.export.gguf import export_gguf
+    from gazelle.export.gguf_adapter import export_gguf_adapter
 
+    if save_method not in ("merged", "lora"):
+        raise OptionError("no such way to save a model as GGUF", where="save_method", found=save_method,
+                          expected="merged or lora", fix=nearest(save_method, ("merged", "lora")))
     if tokenizer is None:
         tokenizer = loaded_tokenizer(self)
-    return export_gguf(self, tokenizer, save_directory, quantization_method)
+    if save_method == "lora":
+        return [export_gguf_adapter(self, tokenizer, f"{save_directory}/adapter.gguf")]
+    return export_gguf(self, tokenizer, save_directory, quantization_method, calibration=calibration)
 
 
 def _save_pretrained_merged(
@@ -288,17 +308,56 @@ def _save_pretrained_merged(
     save_method: str = "merged_16bit",
     max_shard_size: str = "5GB",
     **options: Any,
-) -> None:
-    """Write a checkpoint that plain transformers loads ("merged_16bit"), or the adapter alone ("lora").
+) -> "SaveReport":
+    """Write a checkpoint that plain transformers loads, or the adapter alone ("lora").
 
     Args:
         save_directory: written beside and renamed into place; an earlier folder stays until then.
-        tokenizer: saved with the model.
-        save_method: "merged_16bit" or "lora".
+        tokenizer: saved with the model. For "awq" and "gptq" left out: the one that the model was loaded with.
+        save_method: "merged_16bit"; "merged_4bit", NF4 of bitsandbytes; "fp8", "awq" or "gptq", in the format of
+            compressed-tensors, which vLLM reads too; or "lora". What is quantised is merged first.
         max_shard_size: largest weight file, such as "4GB".
-        **options: `dtype` to write another type than the model's 16-bit one.
+        **options: `dtype` to write another type than the model's 16-bit one. For "awq" and "gptq" `calibration`, data
+            like the training data (left out: text that the model writes), with `rows` and `length` of it; for "gptq"
+            `act_order`.
+
+    Returns:
+        How far each tensor is from the merged one, and more; it lies beside the weights as `save_report.json`.
     """
-    save_merged(self, tokenizer, save_directory, save_method=save_method, max_shard_size=max_shard_size, **options)
+    return save_checkpoint(self, tokenizer, save_directory, save_method, max_shard_size=max_shard_size, **options)
+
+
+def _quantize(self: "PreTrainedModel", dtype: "str | torch.dtype" = "float16") -> "PreTrainedModel":
+    """Keep the model in fewer bits from now on, in place; an adapter stays beside it as it is.
+
+    Args:
+        dtype: torch.float16 or torch.bfloat16, to which everything is cast, or "nf4" or "int8", in which bitsandbytes
+            keeps the linear layers, the head apart.
+
+    Returns:
+        The same model.
+
+    Raises:
+        OptionError: no such type.
+        ModelError: the model is quantised already.
+    """
+    quantize_model(self, dtype)
+    return self
+
+
+def _export_onnx(self: "PreTrainedModel", path: str, dtype: "torch.dtype | str | None" = None) -> "list[Path]":
+    """Write an ONNX file with a cache of keys and values, for onnxruntime and TensorRT; an adapter is merged first.
+
+    Args:
+        path: a name that ends in .onnx; weights of 2 GB and more go into a file beside it.
+        dtype: "float32" (the default) or "float16".
+
+    Returns:
+        The files.
+    """
+    from gazelle.export.onnx import export_onnx
+
+    return export_onnx(self, path, dtype=dtype)
 
 
 def _resize_token_embeddings(self: "PreTrainedModel", new_num_tokens: int, mean_resizing: bool = True) -> Any:  # noqa: ARG001

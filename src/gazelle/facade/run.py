@@ -15,6 +15,7 @@ from gazelle.data.read import Rows, read_rows
 from gazelle.data.report import DataReport
 from gazelle.facade.language_model import FastLanguageModel
 from gazelle.facade.planning import check_budget
+from gazelle.models.card import drop_card, write_card
 from gazelle.models.context import fit_context
 from gazelle.models.load import load_tokenizer
 from gazelle.train.checkpoint import find_checkpoint, recover
@@ -27,7 +28,7 @@ from gazelle.train.trainer import SFTTrainer
 LEFT_BY_A_RUN = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors",
     "model.safetensors.index.json", "metrics.jsonl", "report.html", "loss.png", "recipe.yaml", "scores.json",
-    "checkpoint-*", ".checkpoint-*",
+    "gazelle.json", "checkpoint-*", ".checkpoint-*",
 )
 
 
@@ -135,8 +136,12 @@ def run(
         if overwrite and not resume:
             clear_earlier_run(Path(recipe.output_dir))
         trainer.train(resume_from_checkpoint=resume or None)
+        drop_card(Path(recipe.output_dir))
         trainer.save_model(recipe.output_dir)
         write_text(Path(recipe.output_dir) / "recipe.yaml", recipe.as_yaml())
+        library = "transformers" if recipe.lora is None else "peft"
+        write_card(Path(recipe.output_dir), trainer.model, library=library, files=[],
+                   run_folder=Path(recipe.output_dir))
     return trainer
 
 

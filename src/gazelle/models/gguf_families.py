@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gazelle.base.errors import ModelError
-from gazelle.models.gguf_file import GgufFile
+from gazelle.models.gguf_file import GgufFile, Strings
 
 Config = dict[str, Any]
 Array = np.ndarray[Any, np.dtype[np.float32]]
@@ -57,7 +57,7 @@ def base_config(file: GgufFile) -> Config:
         "head_dim": get("attention.key_length", hidden // heads), "vocab_size": vocabulary_size(file),
         "tie_word_embeddings": "output.weight" not in file.tensors, "rope_parameters": _rope(file, get),
     }
-    if any(isinstance(value, list) for value in config.values()) or get("expert_count", 0):
+    if any(isinstance(value, np.ndarray | Strings) for value in config.values()) or get("expert_count", 0):
         raise ModelError("this GGUF file has layers that differ from each other, or experts", where=str(file.path),
                          found=f"{file.architecture} with per-layer sizes or experts", expected="a dense decoder",
                          fix="use the model's safetensors checkpoint")

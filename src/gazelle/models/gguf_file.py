@@ -6,10 +6,11 @@ Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 import mmap
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -17,6 +18,27 @@ from gazelle.base.errors import ModelError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+_MOST = 2**16  # tensors, or settings; the largest models have some thousands
+
+
+class Strings(Sequence[str]):
+    """Texts of an array in a file, made when they are asked for: as objects they take many times as much memory."""
+
+    def __init__(self, raw: bytes, ends: "np.ndarray[Any, np.dtype[np.int64]]") -> None:
+        self._raw, self._ends = raw, ends  # ends[i] is where text i ends in raw; 8 bytes of length lie before each
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        at = range(len(self))[index]
+        return self._raw[(self._ends[at - 1] if at else 0) + 8:self._ends[at]].decode()
 
 
 @dataclass(frozen=True)
@@ -32,7 +54,7 @@ class TensorEntry:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What a GGUF file says about itself."""
+    """What a GGUF file says about itself. Arrays in `metadata` are numpy's, or `Strings`; `get` makes lists of them."""
 
     path: Path
     metadata: dict[str, Any]
@@ -46,6 +68,8 @@ class GgufFile:
     def get(self, key: str, kind: type, default: Any = None) -> Any:
         """The metadata value `key`, or `default` if the file has none. Whole numbers pass for float."""
         value = self.metadata.get(key, default)
+        if kind is list and isinstance(value, np.ndarray | Strings):
+            return value.tolist() if isinstance(value, np.ndarray) else list(value)
         if value is default or type(value) is kind or (kind is float and type(value) is int):
             return value
         raise ModelError("a setting of the wrong kind", where=f"{self.path}, {key}", found=repr(value),
@@ -107,7 +131,7 @@ class _Reader:
             if kind not in block_sizes:
                 raise self.error(f"tensor {name} has a storage type we do not know", kind, "a ggml type of gguf-py")
             block, size = block_sizes[kind]
-            if not shape or shape[-1] % block:
+            if not shape or 0 in shape or shape[-1] % block:
                 raise self.error(f"tensor {name} has a shape its storage cannot have", shape,
                                  f"a last dimension that is a multiple of {block}")
             entry = TensorEntry(name, shape, int(kind), data_start + offset, prod(shape) // block * size)
@@ -140,6 +164,8 @@ class _Reader:
         if value * least_bytes > len(self.data) - self.at:
             raise self.error(f"it claims {value:,} {what}", f"{len(self.data):,} bytes in the file",
                              "a file large enough to hold them")
+        if what in ("tensors", "metadata fields") and value > _MOST:
+            raise self.error("more of one thing than any model has", f"{value:,} {what}", f"at most {_MOST:,}")
         return value
 
     def string(self) -> str:
@@ -159,11 +185,20 @@ class _Reader:
             raise self.error("a metadata value of unknown type", kind, "a type from 0 to 12")
         item, size = self.scalar("I"), self.scalar("Q")
         if item == _STRING:
-            return [self.string() for _ in range(self.count(size, 8, "strings"))]
+            return self.strings(self.count(size, 8, "strings"))
         if item not in _SCALARS:
             raise self.error("an array of unknown type", item, "numbers or strings")
-        code = f"<{self.count(size, struct.calcsize('<' + _SCALARS[item]), 'numbers')}{_SCALARS[item]}"
-        return list(struct.unpack_from(code, self.data, self.take(struct.calcsize(code))))
+        dtype = np.dtype("<" + _SCALARS[item])
+        start = self.take(self.count(size, dtype.itemsize, "numbers") * dtype.itemsize)
+        return np.frombuffer(self.data[start:self.at], dtype)
+
+    def strings(self, size: int) -> Strings:
+        """`size` texts, each checked to be UTF-8."""
+        start, ends = self.at, np.empty(size, np.int64)
+        for number in range(size):
+            self.string()
+            ends[number] = self.at - start
+        return Strings(self.data[start:self.at], ends)
 
     def shape(self) -> tuple[int, ...]:
         dimensions = self.scalar("I")

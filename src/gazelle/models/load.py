@@ -72,7 +72,10 @@ def load_model(model_name: str, *, max_seq_length: int | None = None, dtype: "st
     base = checkpoint
     if checkpoint.adapter is not None:
         base = _base_of(checkpoint, hub)
-    record = read_record(checkpoint.folder) if checkpoint.adapter is not None else {}
+    record = read_record(checkpoint.folder)
+    run = record.get("run")
+    if checkpoint.adapter is None:
+        record = {}  # how a whole model is kept is for the caller to say
     if load_in_4bit is None and not load_in_8bit and not full_finetuning and "load_in_4bit" in record:
         bits = options.bits(record["load_in_4bit"], record.get("load_in_8bit", False), False, quant_method)
         quant_method = record.get("quant_method", quant_method)
@@ -99,6 +102,7 @@ def load_model(model_name: str, *, max_seq_length: int | None = None, dtype: "st
                              "max_seq_length": length}  # for record_base
     if checkpoint.adapter is not None:
         model = put_adapter(model, checkpoint.folder, is_trainable=is_trainable)
+    model.gazelle_run = run  # for model cards
     return model, tokenizer
 
 

@@ -1,4 +1,5 @@
-"""Notes beside an adapter how its base model was kept in training, so that it is loaded in the same way again."""
+"""Notes beside a trained model how its base was kept in training, so that it is loaded in the same way again, and what
+the run was."""
 
 import json
 from pathlib import Path
@@ -9,17 +10,19 @@ from gazelle.base.files import write_text
 from gazelle.models.checkpoint import read_json
 
 RECORD = "gazelle.json"
-_KINDS: dict[str, type] = {"load_in_4bit": bool, "load_in_8bit": bool, "quant_method": str, "max_seq_length": int}
+_KINDS: dict[str, type] = {"load_in_4bit": bool, "load_in_8bit": bool, "quant_method": str, "max_seq_length": int,
+                           "run": dict}
 
 
 def record_base(model: Any, folder: str | Path) -> None:
-    """Write `gazelle.json` into `folder`, which exists and holds the model's adapter.
+    """Write `gazelle.json` into `folder`, which exists and holds the model or its adapter.
 
-    A model that `load_model` did not make has nothing to record; then no file is written.
+    A model that `load_model` did not make and that was not trained has nothing to record; then no file is written.
     """
-    loading = getattr(model, "gazelle_loading", None)
-    if loading:
-        write_text(Path(folder) / RECORD, json.dumps(loading, indent=2) + "\n")
+    run = getattr(model, "gazelle_run", None)
+    record = (getattr(model, "gazelle_loading", None) or {}) | ({"run": run} if run else {})
+    if record:
+        write_text(Path(folder) / RECORD, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

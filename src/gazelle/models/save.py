@@ -1,9 +1,9 @@
-"""Writes a model to disk: merged into one plain checkpoint, or its adapter alone."""
+"""Writes a model to disk: merged into one checkpoint, plain or in four bits, or its adapter alone."""
 
 import contextlib
 import copy
 import re
-import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,27 +14,33 @@ from torch import Tensor
 from gazelle.adapters.merge import merged_tensors
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError, OptionError, OutputError, nearest
-from gazelle.base.files import check_writable, staged_folder
+from gazelle.base.files import check_writable, free_bytes, staged_folder
+from gazelle.models.card import is_empty_form, is_untouched
+from gazelle.models.plain import inner_linears, plain_model
 from gazelle.models.record import RECORD, record_base
+from gazelle.models.saved import REPORT, CheckpointOutput, SaveReport
 from gazelle.models.shards import ShardWriter
-from gazelle.quantize.bnb import is_quantized_linear
+from gazelle.quantize.bnb import is_quantized_linear, pack_nf4
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-_METHODS = ("merged_16bit", "lora")
+METHODS = ("merged_16bit", "merged_4bit", "lora")
+QUANTISED = ("fp8", "awq", "gptq")  # of `export.quantised`, which stands above
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+VLLM_FILES = ("serve.sh", "vllm.json")  # written beside a model that is exported for vLLM
 # What a saved model consists of. Anything else in the output folder is somebody's work.
 _OURS = ("config.json", "generation_config.json", "model.safetensors", "model-?????-of-?????.safetensors",
          "model.safetensors.index.json", "adapter_config.json", "adapter_model.safetensors", RECORD, "tokenizer.json",
          "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-         "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates")
+         "vocab.txt", "merges.txt", "chat_template.jinja", "chat_template.json", "additional_chat_templates", REPORT,
+         "verification.json", *VLLM_FILES)
 _SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
 def save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase | None", folder: str | Path, *,
                 save_method: str = "merged_16bit", max_shard_size: str | int = "5GB",
-                dtype: "str | torch.dtype | None" = None) -> Path:
+                dtype: "str | torch.dtype | None" = None) -> SaveReport:
     """Write `model` to `folder`, which appears whole or not at all. The model in memory stays as it is.
 
     Merging takes W + s·B·A in float32 one layer at a time and rounds once, so it needs memory for one shard. The
@@ -44,42 +50,100 @@ def save_merged(model: Any, tokenizer: "PreTrainedTokenizerBase | None", folder:
         model: a model with or without an adapter, quantised or not.
         tokenizer: written beside it, with its chat template.
         folder: an earlier saved model there is replaced when the new one is complete.
-        save_method: "merged_16bit" for a whole model, "lora" for the adapter alone.
+        save_method: "merged_16bit" for a whole model, "merged_4bit" for one whose linear layers bitsandbytes keeps in
+            NF4 (https://arxiv.org/abs/2305.14314), quantised after merging; "lora" for the adapter alone.
         max_shard_size: bytes a file, or a text such as "5GB".
         dtype: of the merged weights: "bfloat16", "float16" or "float32". Left out: float16 if the model is, else
             bfloat16, which holds any float32 weight without overflow.
 
     Returns:
-        The folder.
+        What was written, and how far each tensor is from the merged one, as in `save_report.json` beside the weights;
+        for an adapter its size alone.
 
     Raises:
         OptionError: an unknown method, dtype or size; "lora" for a model without an adapter.
         OutputError: the folder cannot be written to, holds the base model, an adapter where a merged model is to go
             (or the reverse) or other files, or the disk is too full.
-        ModelError: the adapter is of a kind that cannot be merged, or the weights are quantised in a way that cannot
-            be read back.
+        ModelError: the adapter is of a kind that cannot be merged, the weights are quantised in a way that cannot be
+            read back, or a tensor holds NaN or infinity.
     """
     target = Path(folder).expanduser().absolute()
-    if save_method not in _METHODS:
+    if save_method not in METHODS:
         raise OptionError("no such way to save a model", where="save_method", found=save_method,
-                          expected=" or ".join(_METHODS), fix=nearest(save_method, _METHODS))
-    kept_as = _dtype(dtype, model)
-    limit = _bytes(max_shard_size)
-    _check_target(model, target, save_method)
+                          expected=" or ".join(METHODS), fix=nearest(save_method, METHODS))
+    kept_as, limit = checked_options(dtype, max_shard_size, model)
+    check_target(model, target, save_method)
     if save_method == "lora":
         return _save_adapter(model, tokenizer, target)
+    linears = inner_linears(plain_model(model)) if save_method == "merged_4bit" else {}
+    with saved_checkpoint(model, tokenizer, target, save_method, dtype=kept_as, limit=limit,
+                          few_bits=sum(linear.weight.numel() for linear in linears.values()),
+                          quantization=_nf4_config(kept_as) if linears else None) as (output, tensors):
+        for name, tensor in tensors:
+            if name.removesuffix(".weight") not in linears or not name.endswith(".weight"):
+                output.add(name, tensor)
+                continue
+            weight = output.rounded(name, tensor)
+            parts, kept = pack_nf4(weight)
+            output.add_quantised(name, tensor, kept, parts)
+    return output.report
+
+
+@contextlib.contextmanager
+def saved_checkpoint(model: Any, tokenizer: "PreTrainedTokenizerBase | None", target: Path, method: str, *,
+                     dtype: torch.dtype, limit: int, few_bits: int = 0, quantization: dict[str, Any] | None = None
+                     ) -> Iterator[tuple[CheckpointOutput, Iterator[tuple[str, Tensor]]]]:
+    """A folder that takes its name when the block ends without an error: weights, configs, tokenizer and a report.
+
+    Args:
+        model: with or without an adapter.
+        tokenizer: written beside the weights, with its chat template.
+        target: the folder, which has been checked.
+        method: for the report.
+        dtype: of the weights.
+        limit: bytes of a file.
+        few_bits: how many of the numbers are going to take less than a byte, for the room that is looked for.
+        quantization: config.json's `quantization_config`.
+
+    Yields:
+        Where to write, and the merged tensors in order, of tied ones those that are to be written.
+
+    Raises:
+        OutputError: the disk is too full.
+        ModelError: quantised weights that cannot be read back, or settings for generation that contradict each other.
+    """
+    began = time.perf_counter()
     base = unwrap(model)
     check_readable(base)
     generation = _generation_config(base)
-    check_space(target, _numel(base) * kept_as.itemsize)
+    check_space(target, (_numel(base) - few_bits) * dtype.itemsize + few_bits)
+    tied_names = dict(getattr(base, "all_tied_weights_keys", {}))
+    tied = still_tied(model, tied_names)
+    report = SaveReport(target, method, str(dtype).removeprefix("torch."))
     with staged_folder(target) as staging:
-        tied = _write_weights(model, base, kept_as, limit, staging)
-        _write_configs(base, kept_as, tied, staging)
+        writer = ShardWriter(staging, limit)
+        with _plain_conversions(base):
+            yield (CheckpointOutput(base, dtype, writer, report),
+                   ((name, tensor) for name, tensor in merged_tensors(model) if not (tied and name in tied_names)))
+        writer.close()
+        _write_configs(base, dtype, tied, quantization, staging)
         if generation is not None:
             generation.save_pretrained(staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-    return target
+        report.bytes = sum(path.stat().st_size for path in staging.glob("*.safetensors"))
+        report.seconds = time.perf_counter() - began
+        (staging / REPORT).write_text(report.as_json(), encoding="utf-8")
+
+
+def checked_options(dtype: "str | torch.dtype | None", max_shard_size: str | int, model: Any
+                    ) -> tuple[torch.dtype, int]:
+    """The type of the weights and the bytes of a file.
+
+    Raises:
+        OptionError: no such type or size.
+    """
+    return _dtype(dtype, model), _bytes(max_shard_size)
 
 
 def _dtype(dtype: "str | torch.dtype | None", model: Any) -> torch.dtype:
@@ -102,7 +166,8 @@ def _bytes(size: str | int) -> int:
     return max(1, int(float(match[1]) * _SIZES[match[2].upper()]))
 
 
-def _check_target(model: Any, target: Path, save_method: str) -> None:
+def check_target(model: Any, target: Path, save_method: str) -> None:
+    """Raise `OutputError` if `target` cannot be written to, or holds what would be lost."""
     check_writable(target)
     source = Path(str(getattr(model.config, "_name_or_path", "") or "."))
     if target.exists() and source.is_dir() and (source / "config.json").exists() and source.samefile(target):
@@ -110,7 +175,7 @@ def _check_target(model: Any, target: Path, save_method: str) -> None:
                           expected="another folder", fix="choose another output folder")
     present = sorted(target.iterdir()) if target.exists() else []
     names = {entry.name for entry in present}
-    lost, kept = ("adapter_config.json", "an adapter") if save_method == "merged_16bit" else ("config.json", "a model")
+    lost, kept = ("config.json", "a model") if save_method == "lora" else ("adapter_config.json", "an adapter")
     if lost in names:
         raise OutputError(f"the folder holds {kept}, which would be lost", where=str(target), found=lost,
                           expected="a new folder, or one with a model saved in the same way",
@@ -123,9 +188,9 @@ def _check_target(model: Any, target: Path, save_method: str) -> None:
 
 
 def _is_ours(entry: Path) -> bool:
-    if entry.name == "README.md":  # PEFT writes an empty form; anything else is somebody's text
+    if entry.name == "README.md":  # ours, or the empty form that PEFT writes; anything else is somebody's text
         text = entry.read_text(encoding="utf-8", errors="replace")
-        return "library_name: peft" in text and "# Model Card for Model ID" in text
+        return is_untouched(text) or is_empty_form(text)
     return any(entry.match(name) for name in _OURS)
 
 
@@ -160,8 +225,7 @@ def _generation_config(base: Any) -> "GenerationConfig | None":
 
 def check_space(target: Path, needed: int) -> None:
     """Raise `OutputError` if the disk on which `target` lies, or will lie, has less than `needed` bytes free."""
-    nearest_folder = next(folder for folder in (target, *target.parents) if folder.exists())
-    free = shutil.disk_usage(nearest_folder).free
+    free = free_bytes(target)
     if needed > free:
         raise OutputError("not enough disk space for the model", where=str(target), found=f"{free:,} bytes free",
                           expected=f"{needed:,} bytes", fix="make room, or choose a folder on another disk")
@@ -177,7 +241,7 @@ def _numel(base: Any) -> int:
     return sum(sizes.values())
 
 
-def _save_adapter(model: Any, tokenizer: "PreTrainedTokenizerBase | None", target: Path) -> Path:
+def _save_adapter(model: Any, tokenizer: "PreTrainedTokenizerBase | None", target: Path) -> SaveReport:
     if not hasattr(model, "peft_config"):
         raise OptionError("the model has no adapter to save", where="save_method", found='"lora"',
                           expected="a model with an adapter", fix='use save_method="merged_16bit"')
@@ -189,19 +253,8 @@ def _save_adapter(model: Any, tokenizer: "PreTrainedTokenizerBase | None", targe
         record_base(model, staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)
-    return target
-
-
-def _write_weights(model: Any, base: Any, dtype: torch.dtype, limit: int, folder: Path) -> bool:
-    """Write all tensors; True if there are tied weights that are still equal and were written once."""
-    tied_names = dict(getattr(base, "all_tied_weights_keys", {}))
-    tied = still_tied(model, tied_names)
-    writer = ShardWriter(folder, limit)
-    with _plain_conversions(base):
-        for name, tensor in _disk_tensors(model, base, tied_names if tied else {}):
-            writer.add(name, tensor.to("cpu", dtype if tensor.is_floating_point() else tensor.dtype))
-    writer.close()
-    return tied
+        size = (staging / "adapter_model.safetensors").stat().st_size
+    return SaveReport(target, "lora", "", bytes=size)
 
 
 @contextlib.contextmanager
@@ -219,15 +272,6 @@ def _plain_conversions(base: Any) -> Iterator[None]:
         base._weight_conversions = conversions
 
 
-def _disk_tensors(model: Any, base: Any, tied_names: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """Merged tensors under the names that the family's checkpoints have on the hub."""
-    from transformers.core_model_loading import revert_weight_conversion
-
-    for name, tensor in merged_tensors(model):
-        if name not in tied_names:
-            yield from revert_weight_conversion(base, {name: tensor}).items()
-
-
 def still_tied(model: Any, tied_names: dict[str, str]) -> bool:
     """Whether the tied weights are equal after merging: an adapter on one end alone unties them."""
     if not tied_names:
@@ -237,7 +281,8 @@ def still_tied(model: Any, tied_names: dict[str, str]) -> bool:
                if target in found and source in found)
 
 
-def _write_configs(base: Any, dtype: torch.dtype, tied: bool, folder: Path) -> None:
+def _write_configs(base: Any, dtype: torch.dtype, tied: bool, quantization: dict[str, Any] | None, folder: Path
+                   ) -> None:
     config: PretrainedConfig = type(base.config).from_dict(base.config.to_dict())
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, name):
@@ -247,4 +292,13 @@ def _write_configs(base: Any, dtype: torch.dtype, tied: bool, folder: Path) -> N
     if getattr(base, "all_tied_weights_keys", None) and not tied:
         config.get_text_config().tie_word_embeddings = False
         config.tie_word_embeddings = False
+    if quantization is not None:
+        config.quantization_config = quantization
     config.save_pretrained(folder)
+
+
+def _nf4_config(dtype: torch.dtype) -> dict[str, Any]:
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype).to_dict()

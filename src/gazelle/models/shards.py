@@ -1,6 +1,8 @@
 """Writes a checkpoint's tensors as they come, into as many safetensors files as their size asks for."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 from torch import Tensor
@@ -37,12 +39,18 @@ class ShardWriter:
             (self.folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
     def _flush(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = self.folder / f"shard-{len(self._files)}"
         path.touch()
         mode = path.stat().st_mode
-        save_file(self._shard, path, metadata={"format": "pt"})
+        try:
+            save_file(self._shard, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            if found := re.search(r"\(os error (\d+)\)", str(error)):  # so that a full disk is told as such
+                raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
+            raise
         path.chmod(mode)  # safetensors makes its files private, whatever the umask
         self._files.append((path, list(self._shard)))
         self._shard, self._size = {}, 0

@@ -68,6 +68,20 @@ def eight_bits(module: Any) -> tuple[Tensor, Tensor]:
     return module.weight.data, scales.to(module.weight.device)
 
 
+def pack_nf4(weight: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """A weight [N, K] in NF4 with quantised scales, as bitsandbytes' checkpoints keep it.
+
+    Returns:
+        The tensors by what follows the name of their layer, such as "weight.absmax"; and the numbers that are read
+        back, in the type of `weight`.
+    """
+    from bitsandbytes import functional
+
+    packed, state = functional.quantize_4bit(weight.contiguous(), quant_type="nf4", compress_statistics=True)
+    parts = {"weight": packed} | {f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}
+    return parts, functional.dequantize_4bit(packed, state)
+
+
 def forbid_repacking(model: nn.Module) -> None:
     """Keep 4-bit weights as they were loaded.
 
@@ -103,3 +117,38 @@ def hush_int8_casts() -> None:
 
 def _not_a_cast(record: logging.LogRecord) -> bool:
     return not str(record.msg).startswith("MatMul8bitLt: inputs will be cast")
+
+
+def quantize_linears(model: nn.Module, head: nn.Module, *, four: bool, compute: Any) -> None:
+    """Exchange the linear layers of `model` for bitsandbytes', in place, one at a time.
+
+    Args:
+        model: plain, or with adapters of PEFT, whose base layers are exchanged.
+        head: stays as it is.
+        four: `Linear4bit` in NF4 with quantised scales, or else `Linear8bitLt`.
+        compute: what four-bit layers compute in.
+    """
+    import bitsandbytes as bnb
+
+    left = {id(module) for module in head.modules()}
+    chosen = [(module, name, child) for path, module in model.named_modules() for name, child in module.named_children()
+              if type(child) is nn.Linear and id(child) not in left and not _trained(path)]
+    for module, name, linear in chosen:
+        sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
+        new: Any
+        if four:
+            new = bnb.nn.Linear4bit(*sizes, bias=bias, compute_dtype=compute, compress_statistics=True,
+                                    quant_type="nf4", device="meta")
+            new.weight = bnb.nn.Params4bit(linear.weight.data, requires_grad=False, compress_statistics=True,
+                                           quant_type="nf4", module=new)
+        else:
+            new = bnb.nn.Linear8bitLt(*sizes, bias=bias, has_fp16_weights=False, threshold=6.0, device="meta")
+            new.weight = bnb.nn.Int8Params(linear.weight.data, requires_grad=False, has_fp16_weights=False)
+        new.bias = linear.bias
+        device = linear.weight.device
+        setattr(module, name, new.to(device).train(linear.training))
+
+
+def _trained(path: str) -> bool:
+    """True inside an adapter's own modules."""
+    return any(part.startswith("lora_") or part == "modules_to_save" for part in path.split("."))

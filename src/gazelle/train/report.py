@@ -38,7 +38,7 @@ def write_report(args: TrainingArguments, facts: RunFacts, data: DataReport, sam
         subtitle=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z} · {folder}",
         cards=cards, plots=panel_svgs(metrics), samples=samples,
         plan=facts.plan, warnings=data.warnings, data_lines="\n".join(data.lines(warnings=False)),
-        settings=_settings(args, facts), all_settings=_all_settings(args), machine=_machine(),
+        settings=chosen_settings(args, facts), all_settings=_all_settings(args), machine=_machine(),
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
@@ -59,7 +59,7 @@ def _environment() -> jinja2.Environment:
                               undefined=jinja2.StrictUndefined)
 
 
-def _settings(args: TrainingArguments, facts: RunFacts) -> list[tuple[str, Any]]:
+def chosen_settings(args: TrainingArguments, facts: RunFacts) -> list[tuple[str, Any]]:
     """The few settings that readers look for first."""
     names = ("learning_rate", "num_train_epochs", "max_steps", "per_device_train_batch_size",
              "gradient_accumulation_steps", "lr_scheduler_type", "warmup_steps", "optim", "weight_decay", "seed",

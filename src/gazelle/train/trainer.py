@@ -41,6 +41,7 @@ from gazelle.train.optimizer import can_flatten, flatten, grouped, learning_rate
 from gazelle.train.plan import RunPlan, Window, plan_run
 from gazelle.train.prepare import Prepared, encode_rows, prepare
 from gazelle.train.progress import Progress
+from gazelle.train.record import Pushes, run_record
 from gazelle.train.report import write_report
 from gazelle.train.samples import Sample, answer_samples, pick_samples
 from gazelle.train.setup import check_together, match_precision, move_without_waiting
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-class SFTTrainer(SurvivingTrainer):
+class SFTTrainer(Pushes, SurvivingTrainer):
     """Fine-tunes a causal language model on conversations, prompt–completion pairs or raw text.
 
     Args:
@@ -215,6 +216,7 @@ class SFTTrainer(SurvivingTrainer):
         if reported and self.prepared.report is not None:
             answer_samples(self.model, self.processing_class, self.samples, "after", config.report_max_new_tokens)
             write_report(config, run_facts(self), self.prepared.report, self.samples)
+        self.model.gazelle_run = run_record(config, run_facts(self), self.prepared.report)
         return result
 
     def enable_dynamic_batching(self, max_batch_size: int = 8, timeout: float | None = None,
@@ -232,7 +234,7 @@ class SFTTrainer(SurvivingTrainer):
         super().save_model(output_dir, _internal_call)
         folder = Path(output_dir or str(self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        if self.args.should_save and (folder / "adapter_config.json").exists():
+        if self.args.should_save and folder.exists():
             record_base(self.model, folder)
 
     optimizer: Any

@@ -1,0 +1,91 @@
+"""What is worth knowing of a run later: for model cards, and to verify exports on the rows it was trained on."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainingArguments
+
+from gazelle.data.report import DataReport
+from gazelle.models.hub import check_repository, push_folder
+from gazelle.train.metrics import is_eval_loss, metrics_path, read_metrics
+from gazelle.train.report import RunFacts, chosen_settings, duration
+
+
+def run_record(args: TrainingArguments, facts: RunFacts, data: DataReport | None) -> dict[str, Any]:
+    """The run as plain lists and strings, without tokens and without rows of the data."""
+    metrics = read_metrics(metrics_path(args)) if args.output_dir and metrics_path(args).exists() else []
+    losses = [entry["loss"] for entry in metrics if entry.get("loss") is not None]
+    evals = [value for entry in metrics for name, value in entry.items() if is_eval_loss(name) and value is not None]
+    shown = [("optimizer steps", f"{facts.steps:,}"), ("training time", duration(facts.seconds)),
+             ("parameters trained", f"{facts.trainable / 1e6:,.1f} M of {facts.parameters / 1e6:,.1f} M"),
+             *([("training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}")] if losses else []),
+             *([("evaluation loss", f"{evals[-1]:.3f}")] if evals else [])]
+    return {
+        "train": _place(data.train.source if data else ""),
+        "eval": _place(data.test.source if data and data.test else ""),
+        "format": data.train.format if data else "",
+        "columns": args.columns if isinstance(getattr(args, "columns", None), dict) else None,
+        "system": getattr(args, "system", None),
+        "facts": shown,
+        "settings": [(name, str(value)) for name, value in chosen_settings(args, facts) if name != "model"],
+        "data_report": _figures(data),
+    }
+
+
+class Pushes:
+    """`push_to_hub` for a trainer: adapter or model, tokenizer and a card written from the run, as one commit."""
+
+    args: Any
+    model: Any
+    is_world_process_zero: Any
+    save_model: Any
+
+    def push_to_hub(self, commit_message: str | None = "End of training", blocking: bool = True,
+                    token: str | None = None, revision: str | None = None, **kwargs: Any) -> Any:
+        """Upload to `hub_model_id`, or to a repository named as the run's folder, and wait for it.
+
+        Args:
+            commit_message, revision: of the commit.
+            blocking: as in transformers; a push always waits.
+            token: else `hub_token`, else that of `hf auth login`.
+            **kwargs: what transformers would write into its card. This one says what the run was.
+
+        Returns:
+            What huggingface_hub says of the commit; None in all processes but the first.
+
+        Raises:
+            HubError: the hub cannot be reached, or refuses; then nothing is committed.
+        """
+        args = self.args
+        name = args.hub_model_id or Path(str(args.output_dir)).resolve().name
+        token = token or args.hub_token
+        with tempfile.TemporaryDirectory() as folder:
+            if self.is_world_process_zero():
+                name = check_repository(name, token=token, private=args.hub_private_repo)
+            self.save_model(folder, _internal_call=True)
+            if not self.is_world_process_zero():
+                return None
+            return push_folder(Path(folder), name, self.model, token=token, revision=revision or args.hub_revision,
+                               commit_message=commit_message, run_folder=Path(str(args.output_dir)))
+
+
+def _place(source: str) -> str | None:
+    """Where rows can be read again, if they came from a file or folder."""
+    return str(Path(source).absolute()) if source and Path(source).exists() else None
+
+
+def _figures(data: DataReport | None) -> list[str]:
+    """The report's figures: no first row, which is the user's, and no folders."""
+    if data is None:
+        return []
+    lines = data.lines(warnings=False)
+    end = next((number for number, line in enumerate(lines) if line.startswith("first row")), len(lines))
+    sources = {split.source: Path(split.source).name for split in (data.train, data.test) if split and split.source}
+    figures = []
+    for line in lines[:end]:
+        shown = line
+        for source, name in sources.items():
+            shown = shown.replace(source, name)
+        figures.append(shown.rstrip())
+    return figures
