@@ -53,8 +53,8 @@ _HOMES = {
 __all__ = ["CurriculumTrainer", "DistillationTrainer", "DynamicSequenceLengthTrainer", "FastLanguageModel",
            "GazelleError", "MixedPrecisionConfig", "SFTConfig", "SFTTrainer", "UserError", "__version__", "accelerate",
            "add_new_tokens", "apply_chat_template", "explain", "get_chat_template", "is_bfloat16_supported",
-           "prepare_for_vllm", "profile_io", "restore", "standardize_sharegpt", "to_sharegpt", "train_on_responses_only",
-           "unsloth_train"]
+           "prepare_for_vllm", "profile_io", "restore", "standardize_sharegpt", "to_sharegpt",
+           "train_on_responses_only", "unsloth_train"]
 
 
 def __getattr__(name: str) -> object:

@@ -8,8 +8,9 @@ from transformers import TrainingArguments
 
 from gazelle.data.report import DataReport
 from gazelle.models.hub import check_repository, push_folder
+from gazelle.train.facts import RunFacts
 from gazelle.train.metrics import is_eval_loss, metrics_path, read_metrics
-from gazelle.train.report import RunFacts, chosen_settings, duration
+from gazelle.train.report import chosen_settings, duration
 
 
 def run_record(args: TrainingArguments, facts: RunFacts, data: DataReport | None) -> dict[str, Any]:
