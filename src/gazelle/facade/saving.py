@@ -47,17 +47,20 @@ def _check_options(options: dict[str, Any], function: "Callable[..., Any]") -> N
 
 
 def loaded_tokenizer(model: Any) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the checkpoint that `model` was loaded from.
+    """The tokenizer that came with `model`, with the template that training gave it; else its base's.
 
     Raises:
-        OptionError: it is not known, or tokens were added since.
+        OptionError: it is not known, or has other tokens than the model.
     """
-    name = getattr(unwrap(model).config, "_name_or_path", "")
-    if not name:
+    base = unwrap(model)
+    name = getattr(base.config, "_name_or_path", "")
+    tokenizer = getattr(base, "gazelle_tokenizer", None)
+    if tokenizer is None and not name:
         raise OptionError("the model does not know its tokenizer", where="tokenizer", found="none",
                           expected="the model's tokenizer", fix="pass tokenizer=")
-    tokenizer, _ = load_tokenizer(name)
-    used = getattr(unwrap(model), "tokens_in_use", len(tokenizer))
+    if tokenizer is None:
+        tokenizer, _ = load_tokenizer(name)
+    used = getattr(base, "tokens_in_use", len(tokenizer))
     if used != len(tokenizer):
         raise OptionError("tokens were added to the model's tokenizer", where="tokenizer", found=f"{used:,} tokens",
                           expected=f"{len(tokenizer):,}, those of {name}", fix="pass tokenizer=")
