@@ -23,22 +23,27 @@ def save_checkpoint(model: Any, tokenizer: "PreTrainedTokenizerBase | None", fol
     Raises:
         OptionError: an unknown method, or an option that it does not have.
     """
+    check_method(save_method, options)
     if save_method not in QUANTISED:
-        methods = (*METHODS, *QUANTISED)
-        if save_method not in METHODS:
-            raise OptionError("no such way to save a model", where="save_method", found=save_method,
-                              expected=", ".join(methods), fix=nearest(str(save_method), methods))
-        _check_options(options, save_merged)
         return save_merged(model, tokenizer, folder, save_method=save_method, **options)
     from gazelle.export.quantised import save_quantised
 
-    _check_options(options, save_quantised)
     if tokenizer is None and save_method != "fp8":
         tokenizer = loaded_tokenizer(model)
     return save_quantised(model, tokenizer, folder, save_method, **options)
 
 
-def _check_options(options: dict[str, Any], function: "Callable[..., Any]") -> None:
+def check_method(save_method: str, options: dict[str, Any]) -> None:
+    """Raise `OptionError` for an unknown method, or an option that it does not have."""
+    methods = (*METHODS, *QUANTISED)
+    if save_method not in methods:
+        raise OptionError("no such way to save a model", where="save_method", found=save_method,
+                          expected=", ".join(methods), fix=nearest(str(save_method), methods))
+    function: Callable[..., Any] = save_merged
+    if save_method in QUANTISED:
+        from gazelle.export.quantised import save_quantised
+
+        function = save_quantised
     known = {name for name, parameter in inspect.signature(function).parameters.items()
              if parameter.kind is parameter.KEYWORD_ONLY}
     if unknown := sorted(options.keys() - known):
