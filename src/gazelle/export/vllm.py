@@ -13,7 +13,7 @@ from gazelle.base.files import check_writable, staged_folder
 from gazelle.export.quantised import save_quantised
 from gazelle.models.context import context_limit
 from gazelle.models.load import load_config
-from gazelle.models.save import QUANTISED, VLLM_FILES, check_target, save_merged
+from gazelle.models.save import QUANTISED, VLLM_FILES, check_target, checked_generation, save_merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -157,7 +157,8 @@ def _save_parts(model: Any, tokenizer: Any, staging: Path, quantization: str | N
     save_merged(model, tokenizer, staging / "adapter", save_method="lora")
     base = unwrap(model)
     if quantization is None and _lies_elsewhere(base):
-        base.generation_config.save_pretrained(staging / "adapter")  # stops as in training
+        if (generation := checked_generation(base)) is not None:
+            generation.save_pretrained(staging / "adapter")  # stops as in training
         return str(base.config._name_or_path)
     with model.disable_adapter():
         _save(model, tokenizer, staging / "base", quantization, calibration, dtype)
