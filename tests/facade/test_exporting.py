@@ -68,6 +68,12 @@ def test_what_may_not(to, says, tmp_path):
     assert says in caught.value.fix
 
 
+def test_programs_to_verify_with_are_not_passed_over(tmp_path, capsys):
+    for option in ("--llama", "--vllm"):
+        assert main(["export", str(tmp_path), "--to", "gguf", option, "/usr"]) == 2
+        assert "add --verify" in capsys.readouterr().err
+
+
 def test_formats_of_one_model_in_one_call(run, capsys):
     """Loaded once, written and read: GGUF by llama.cpp, with the adapter apart too, ONNX by onnxruntime."""
     library()

@@ -103,6 +103,13 @@ def test_a_model_without_an_adapter_keeps_its_type(hub, base):
     assert weights["lm_head.weight"].dtype == torch.float32
 
 
+def test_a_base_whose_card_cannot_be_read_has_no_licence(hub, base):
+    (base / "README.md").write_text("---\nlicense: [apache: 2\n---\nA model.\n")
+    model, _ = FastLanguageModel.from_pretrained(str(base), load_in_4bit=False)
+    model.push_to_hub("user/whole", token=TOKEN)
+    assert ModelCard(hub.repositories["user/whole"]["README.md"].decode()).data.license is None
+
+
 def test_a_card_that_somebody_wrote_stays(hub, adapted):
     model, _ = adapted
     model.push_to_hub("user/adapter", token=TOKEN)

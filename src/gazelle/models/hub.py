@@ -168,7 +168,9 @@ def _refusals(repository: str, token: str | None) -> Iterator[None]:
             if status >= 500:
                 what, fix = "the hub has trouble of its own", "try again later; nothing was committed"
         found = str(cause).strip() or type(cause).__name__
-        raise HubError(what, where=repository, found=found.replace(token, "…") if isinstance(token, str) and token else found,
+        if isinstance(token, str) and token:
+            found = found.replace(token, "…")
+        raise HubError(what, where=repository, found=found,
                        expected="a repository that takes the upload", fix=fix) from error
     except ValueError as error:
         if not str(error).startswith("Invalid metadata"):
