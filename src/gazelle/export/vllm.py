@@ -56,7 +56,7 @@ def export_vllm(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | 
     """
     target = Path(folder).expanduser().absolute()
     kept_as = _checked(model, quantization, max_batch_size, dtype, merge)
-    check_target(model, target, "merged_16bit") if merge else _check_adapter_target(target)
+    check_target(model, target, "merged_16bit") if merge else _check_adapter_target(model, target)
     settings: dict[str, Any] = {
         "dtype": kept_as, "max-num-seqs": max_batch_size, "max-model-len": _length(model), "host": "127.0.0.1"}
     with staged_folder(target) as staging:
@@ -125,10 +125,13 @@ def _rank(model: Any) -> int:
     return next(least for least in _RANKS if least >= rank)
 
 
-def _check_adapter_target(target: Path) -> None:
+def _check_adapter_target(model: Any, target: Path) -> None:
     check_writable(target)
     ours = {"adapter", "base", SCRIPT, SETTINGS}
     present = {entry.name for entry in target.iterdir()} if target.exists() else set()
+    for name, method in (("adapter", "lora"), ("base", "merged_16bit")):
+        if name in present:
+            check_target(model, target / name, method)
     if present and (SETTINGS not in present or present - ours):
         raise OutputError("the folder holds other files, which would be lost", where=str(target),
                           found=", ".join(sorted(present - ours or present)),
