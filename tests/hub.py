@@ -105,9 +105,15 @@ class Store(BaseHTTPRequestHandler):
                     added[value["path"]] = base64.b64decode(value["content"])
                 elif line["key"] == "lfsFile":
                     added[value["path"]] = self.objects[value["oid"]]
+                elif line["key"] == "deletedFile":
+                    del files[value["path"]]
             self.commits.append(lines[0]["value"] | {"files": sorted(added)})
             files |= added
             return self.answer(200, self.json(commitUrl=f"{self.address}/{name}/commit/{COMMIT}", commitOid=COMMIT))
+        if what.startswith("tree/"):
+            return self.answer(200, json.dumps([
+                {"type": "file", "path": path, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+                for path, content in files.items()]).encode())
         if what.startswith("resolve/"):
             content = files.get(what.split("/", 2)[2])
             if content is None:

@@ -91,6 +91,35 @@ def test_what_a_killed_process_left_is_cleared_and_what_another_writes_stays(tmp
     assert sorted(os.listdir(tmp_path)) == [".out.settings", "a", "out"]
 
 
+def test_what_another_process_takes_for_a_leftover_before_it_is_locked_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have the lock and be about to delete, or have deleted between our opening and locking."""
+    import fcntl
+
+    from gazelle.base import files
+
+    original, handles = files._lock, []
+
+    def meddled(path: Path) -> tuple[int | None, bool]:
+        handles.append(os.open(path, os.O_RDONLY))
+        if len(handles) == 1:
+            fcntl.flock(handles[0], fcntl.LOCK_EX)
+            return original(path)
+        found = original(path)
+        if len(handles) == 2:
+            path.rmdir()
+        return found
+
+    monkeypatch.setattr(files, "_lock", meddled)
+    with staged_folder(tmp_path / "out") as folder:
+        assert len(handles) == 3 and folder.exists()
+        (folder / "a").write_text("whole")
+    for handle in handles:
+        os.close(handle)
+    assert (tmp_path / "out" / "a").read_text() == "whole"
+
+
 def test_where_names_cannot_be_swapped_a_kill_between_two_renames_is_mended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

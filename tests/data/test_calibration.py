@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gazelle.base.errors import DataError, OptionError
-from gazelle.data.calibration import calibration_ids
+from gazelle.data.calibration import calibration_ids, source_name
+from gazelle.data.load import load_conversations
 
 CHATS = [{"messages": [{"role": "user", "content": f"question {number}"},
                        {"role": "assistant", "content": f"answer {number}"}]} for number in range(10)]
@@ -43,3 +44,12 @@ def test_what_cannot_be_calibrated_with(chatml):
         calibration_ids(CHATS, chatml, length=1)
     with pytest.raises(DataError):
         calibration_ids([], chatml)
+
+
+def test_the_name_of_a_source_has_no_folders(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n')
+    path = str(tmp_path / "rows.jsonl")
+    assert source_name(path) == source_name(tmp_path / "rows.jsonl") == "rows.jsonl"
+    assert source_name(load_conversations(path)) == "rows.jsonl"
+    assert source_name("org/rows") == "org/rows"
+    assert source_name([{"text": "a"}]) == "list"

@@ -124,6 +124,11 @@ def test_other_ids_are_found(model, tokenizer):
     shifted = same | {"texts": [probe.text_ids[0], *[ids[1:] for ids in probe.text_ids[1:]]]}
     ids = compare(probe, reference, shifted, reference.logits)[0]
     assert not ids.ok and ids.values["first_wrong"] == 1
+    for factor, whole, right in ((1.3, False, True), (1.3, True, False), (1 / 1.3, True, False), (1.01, True, True),
+                                 (1.6, False, False)):
+        off = same | {"logprobs": [[value - np.log(factor) for value in row] for row in same["logprobs"]]}
+        checks = {check.name: check for check in compare(probe, reference, off, reference.logits, whole=whole)}
+        assert checks["perplexity"].ok is right, (factor, whole)
     broken = reference.logits.copy()
     broken[0, 0] = np.nan
     assert next(check for check in compare(probe, reference, same, broken) if "logits" in check.name).ok is False

@@ -130,7 +130,10 @@ def test_an_adapter_by_itself(adapted, base, tmp_path):
     gazelle.prepare_for_vllm(model, out, merge=False)
     with pytest.raises(OutputError):
         gazelle.prepare_for_vllm(model, out)
-    (out / "notes.txt").write_text("mine")
+    (out / "adapter" / "notes.txt").write_text("mine")
+    with pytest.raises(OutputError, match="would be lost"):
+        gazelle.prepare_for_vllm(model, out, merge=False)
+    (out / "adapter" / "notes.txt").replace(out / "notes.txt")
     with pytest.raises(OutputError, match="would be lost"):
         gazelle.prepare_for_vllm(model, out, merge=False)
 

@@ -13,6 +13,7 @@ from tests.models.families import make
 from gazelle.__main__ import main
 from gazelle.base.errors import OptionError
 from gazelle.facade.exporting import parse_targets
+from gazelle.facade.formats import _check_no_model
 from gazelle.facade.language_model import FastLanguageModel
 from gazelle.models.record import record_base
 from gazelle.models.save import save_merged
@@ -67,6 +68,12 @@ def test_what_may_not(to, says, tmp_path):
     assert says in caught.value.fix
 
 
+def test_programs_to_verify_with_are_not_passed_over(tmp_path, capsys):
+    for option in ("--llama", "--vllm"):
+        assert main(["export", str(tmp_path), "--to", "gguf", option, "/usr"]) == 2
+        assert "add --verify" in capsys.readouterr().err
+
+
 def test_formats_of_one_model_in_one_call(run, capsys):
     """Loaded once, written and read: GGUF by llama.cpp, with the adapter apart too, ONNX by onnxruntime."""
     library()
@@ -100,6 +107,21 @@ def test_quantised_checkpoints_are_calibrated_on_the_rows_of_the_run(run, capsys
     found = json.loads((folder / "verification.json").read_text())
     assert found["consumer"].startswith("transformers") and "--vllm" in found["note"] and found["wrong"] == []
     assert "vLLM was not asked" in capsys.readouterr().out
+
+
+def test_onnx_replaces_no_files_of_a_model(run, tmp_path, capsys):
+    """And its config.json is that of weights in float32, also where the base was kept in four bits."""
+    kept = {path: path.read_bytes() for path in (*run.iterdir(), *(tmp_path / "base").iterdir())}
+    for folder in (run, tmp_path / "base"):
+        assert main(["export", str(run), "--to", "onnx", "-o", str(folder)]) == 2
+        assert "which would be replaced" in capsys.readouterr().err
+    record = json.loads((run / "gazelle.json").read_text()) | {"load_in_4bit": True}
+    (run / "gazelle.json").write_text(json.dumps(record))
+    assert main(["export", str(run), "--to", "onnx"]) == 0
+    _check_no_model(tmp_path / "run-onnx", {"config.json", "tokenizer.json"})  # an earlier export is replaced
+    config = json.loads((tmp_path / "run-onnx" / "config.json").read_text())
+    assert config["dtype"] == "float32" and "quantization_config" not in config
+    assert all(path.read_bytes() == content for path, content in kept.items() if path.name != "gazelle.json")
 
 
 def test_a_card_of_ones_own_is_not_lost(run, tmp_path, capsys):

@@ -103,6 +103,13 @@ def test_a_model_without_an_adapter_keeps_its_type(hub, base):
     assert weights["lm_head.weight"].dtype == torch.float32
 
 
+def test_a_base_whose_card_cannot_be_read_has_no_licence(hub, base):
+    (base / "README.md").write_text("---\nlicense: [apache: 2\n---\nA model.\n")
+    model, _ = FastLanguageModel.from_pretrained(str(base), load_in_4bit=False)
+    model.push_to_hub("user/whole", token=TOKEN)
+    assert ModelCard(hub.repositories["user/whole"]["README.md"].decode()).data.license is None
+
+
 def test_a_card_that_somebody_wrote_stays(hub, adapted):
     model, _ = adapted
     model.push_to_hub("user/adapter", token=TOKEN)
@@ -114,6 +121,27 @@ def test_a_card_that_somebody_wrote_stays(hub, adapted):
     model.push_to_hub("user/adapter", token=TOKEN)
     assert hub.repositories["user/adapter"]["README.md"] == edited
     assert "adapter_model.safetensors" in hub.repositories["user/adapter"]
+
+
+def test_weights_of_an_earlier_upload_are_not_read_in_place_of_later_ones(hub, base, adapted):
+    """transformers takes model.safetensors before shards, whichever came later."""
+    model, tokenizer = FastLanguageModel.from_pretrained(str(base), load_in_4bit=False)
+    model.push_to_hub_merged("user/whole", tokenizer, token=TOKEN)
+    files = hub.repositories["user/whole"]
+    files["notes.txt"] = b"mine"
+    model.push_to_hub_merged("user/whole", tokenizer, token=TOKEN, max_shard_size="1MB")
+    shards = {name for name in files if name.endswith(".safetensors")}
+    assert len(shards) > 1 and "model.safetensors" not in shards and files["notes.txt"] == b"mine"
+    assert set(json.loads(files["model.safetensors.index.json"])["weight_map"].values()) == shards
+    model.push_to_hub_merged("user/whole", tokenizer, token=TOKEN)
+    assert [name for name in files if name.startswith("model")] == ["model.safetensors"]
+    adapter, _ = adapted
+    with pytest.raises(HubError, match="holds a model"):
+        adapter.push_to_hub("user/whole", token=TOKEN)
+    adapter.push_to_hub("user/adapter", token=TOKEN)
+    with pytest.raises(HubError, match="holds an adapter"):
+        model.push_to_hub("user/adapter", token=TOKEN)
+    assert len(hub.commits) == 4
 
 
 def test_a_trainer_pushes_its_run(hub, adapted, tmp_path):
@@ -161,6 +189,9 @@ def test_refusals_before_anything_is_computed(hub, adapted, monkeypatch):
         model.push_to_hub("others/adapter", token=TOKEN)
     with pytest.raises(HubError, match="name of a repository"):
         model.push_to_hub("user/a/b", token=TOKEN)
+    with pytest.raises(OptionError, match="no such way"):
+        model.push_to_hub_merged("user/new", token=TOKEN, save_method="q4")
+    assert "user/new" not in hub.repositories
     with pytest.raises(OptionError, match="unknown option"):
         model.push_to_hub("user/adapter", token=TOKEN, commit_mesage="typo")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -229,7 +229,7 @@ def test_adapter_loads_in_plain_peft(checkpoint, tmp_path):
 def test_an_earlier_folder_stays_until_the_new_one_is_whole(checkpoint, tmp_path, monkeypatch):
     model, tokenizer = load_model(str(checkpoint), load_in_4bit=False)
     save_merged(model, tokenizer, tmp_path / "out", dtype="float32")
-    monkeypatch.setattr("gazelle.models.save._write_configs", lambda *_: 1 / 0)
+    monkeypatch.setattr("gazelle.models.save.write_config", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_merged(model, tokenizer, tmp_path / "out", dtype="float16")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float32

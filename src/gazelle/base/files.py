@@ -161,13 +161,13 @@ def _exchange(one: Path, other: Path) -> bool:
 @contextlib.contextmanager
 def _beside(target: Path, make: Callable[[str], str]) -> Iterator[Path]:
     """Something new beside `target`, locked. The lock goes with the process, and tells that somebody writes here."""
-    handle = None
-    staging = Path()
-    while handle is None:
+    while True:
         staging = Path(make(f".{target.name}.{_WRITING}-"))
-        handle = _lock(staging)
-        if staging.exists():  # else another process took it for a leftover before it was locked
+        handle, held = _lock(staging)
+        if not held and staging.exists():
             break
+        if handle is not None:  # another process took it for a leftover before it was locked
+            os.close(handle)
     try:
         yield staging
     finally:
@@ -186,20 +186,23 @@ def _umask() -> int:
     return umask
 
 
-def _lock(path: Path) -> int | None:
-    """A handle that holds the lock of a file or folder; None if somebody else does, or nobody can."""
+def _lock(path: Path) -> tuple[int | None, bool]:
+    """(a handle that holds the lock of a file or folder, False); without a handle, whether somebody else has the lock.
+
+    Neither where locks are not to be had, or the path is gone.
+    """
     if sys.platform == "win32":
-        return None
+        return None, False
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
-        return None
+        return None, False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(handle)
-        return None
-    return handle
+        return None, isinstance(error, BlockingIOError)
+    return handle, False
 
 
 def _clear_leftovers(target: Path) -> None:
@@ -209,7 +212,7 @@ def _clear_leftovers(target: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(target.name)}\.({_WRITING}|{_EARLIER})-[a-z0-9_]{{8}}")
     for entry in sorted(target.parent.iterdir()):
         found = pattern.fullmatch(entry.name)
-        if found is None or (handle := _lock(entry)) is None:
+        if found is None or (handle := _lock(entry)[0]) is None:
             continue
         try:
             if found[1] == _EARLIER and not target.exists():

@@ -1,11 +1,12 @@
 """Token ids on which a quantiser sees what a model's layers are fed."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from gazelle.base.errors import OptionError
 from gazelle.data.encode import encode
-from gazelle.data.load import load_conversations
+from gazelle.data.load import Loaded, load_conversations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,14 @@ def calibration_ids(data: Any, tokenizer: Any, *, rows: int = 128, length: int =
     chosen = _spread(load_conversations(data).conversations, rows)
     encoded = encode(chosen, tokenizer, max_length=length, train_on="all")
     return [torch.tensor(example.input_ids, dtype=torch.int64) for example in _spread(encoded.examples, rows)]
+
+
+def source_name(data: Any) -> str:
+    """What to call `data` beside an export, without the folders of this machine."""
+    source = data.source if isinstance(data, Loaded) else data
+    if isinstance(source, str | Path):
+        return Path(source).name if Path(source).expanduser().exists() else str(source)
+    return type(source).__name__
 
 
 def _spread(items: Sequence[_Item], count: int) -> list[_Item]:

@@ -6,7 +6,6 @@ Shape legend: T tokens of a row, K inputs of a linear layer.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError
 from gazelle.base.log import logger
-from gazelle.data.calibration import calibration_ids
+from gazelle.data.calibration import calibration_ids, source_name
 from gazelle.models.modes import evaluating
 from gazelle.quantize.bnb import is_quantized_linear
 
@@ -83,9 +82,8 @@ def measure_importance(model: Any, rows: list[Tensor]) -> dict[str, Tensor]:
 
 def imatrix_fields(data: Any, rows: int, entries: int) -> dict[str, Any]:
     """What llama.cpp notes in a file about the importance matrix that it was quantised with."""
-    dataset = Path(data).name if isinstance(data, str | Path) else type(data).__name__
     return {"quantize.imatrix.file": f"measured by gazelle on at most {LENGTH} tokens of a row",
-            "quantize.imatrix.dataset": dataset, "quantize.imatrix.entries_count": entries,
+            "quantize.imatrix.dataset": source_name(data), "quantize.imatrix.entries_count": entries,
             "quantize.imatrix.chunks_count": rows}
 
 

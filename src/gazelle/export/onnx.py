@@ -27,8 +27,7 @@ from gazelle.export.gguf_rope import head_size
 from gazelle.export.onnx_rope import replace_long_rope
 from gazelle.models.checkpoint import check_finite
 from gazelle.models.families import FAMILIES
-from gazelle.models.load import quiet
-from gazelle.models.outline import meta_model
+from gazelle.models.plain import plain_model
 from gazelle.models.save import check_readable, check_space, still_tied
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -69,7 +68,8 @@ def export_onnx(model: Any, path: str | Path, *, dtype: "str | torch.dtype | Non
     check_readable(base)
     check_writable(target.parent)
     check_no_folder(target)
-    plain = _skeleton(config)
+    plain = plain_model(base)
+    plain.set_attn_implementation("eager")  # with soft-caps, and masks without infinities: no NaN in padded rows
     tied = still_tied(model, dict(getattr(base, "all_tied_weights_keys", {})))
     size = sum(tensor.numel() for name, tensor in plain.named_parameters(remove_duplicate=tied)) * kept_as.itemsize
     check_space(target.parent, size + _GRAPH)
@@ -128,15 +128,6 @@ def _check_config(config: Any) -> None:
         raise ModelError("rotary frequencies that change with the length cannot be traced", where="config.json, "
                          "rope_parameters", found="rope_type dynamic", expected="another rope_type",
                          fix="export to safetensors: save_pretrained_merged")
-
-
-def _skeleton(config: Any) -> Any:
-    """The plain model without its weights."""
-    settings = {key: value for key, value in config.to_dict().items() if key != "quantization_config"}
-    with quiet():
-        plain = meta_model(type(config).from_dict(settings), torch.float32)
-    plain.set_attn_implementation("eager")  # with soft-caps, and masks without infinities: no NaN in padded rows
-    return plain.eval()
 
 
 def _fill(plain: Any, model: Any, base: Any, dtype: torch.dtype, tied: bool) -> None:

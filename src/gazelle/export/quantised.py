@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from gazelle.adapters.merge import merged_tensors
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError, OptionError, nearest
 from gazelle.base.log import logger
-from gazelle.data.calibration import calibration_ids
+from gazelle.data.calibration import calibration_ids, source_name
 from gazelle.export.compressed import Format, format_of, fp8_steps, group_for
 from gazelle.export.layers import Inputs, Layers
 from gazelle.export.own_text import own_text
@@ -177,11 +178,11 @@ def _quantise_together(layer: nn.Module, inputs: Inputs, prefix: str, output: Ch
 def _calibration(model: Any, tokenizer: Any, data: Any, rows: int, length: int) -> tuple[list[Tensor], str]:
     """Rows of ids, and where they come from."""
     if data is None:
+        check_finite(merged_tensors(model), "the merged model")  # with NaN nothing can be drawn, and no tensor is named
         return own_text(model, tokenizer), "text that the model wrote"
     if _are_ids(data):
         return data, "rows of ids"
-    return calibration_ids(data, tokenizer, rows=rows, length=length), \
-        str(data) if isinstance(data, str | Path) else type(data).__name__
+    return calibration_ids(data, tokenizer, rows=rows, length=length), source_name(data)
 
 
 def _are_ids(data: Any) -> bool:

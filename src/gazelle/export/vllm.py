@@ -13,7 +13,7 @@ from gazelle.base.files import check_writable, staged_folder
 from gazelle.export.quantised import save_quantised
 from gazelle.models.context import context_limit
 from gazelle.models.load import load_config
-from gazelle.models.save import QUANTISED, VLLM_FILES, check_target, save_merged
+from gazelle.models.save import QUANTISED, VLLM_FILES, check_target, checked_generation, save_merged
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,7 +56,7 @@ def export_vllm(model: Any, tokenizer: "PreTrainedTokenizerBase", folder: str | 
     """
     target = Path(folder).expanduser().absolute()
     kept_as = _checked(model, quantization, max_batch_size, dtype, merge)
-    check_target(model, target, "merged_16bit") if merge else _check_adapter_target(target)
+    check_target(model, target, "merged_16bit") if merge else _check_adapter_target(model, target)
     settings: dict[str, Any] = {
         "dtype": kept_as, "max-num-seqs": max_batch_size, "max-model-len": _length(model), "host": "127.0.0.1"}
     with staged_folder(target) as staging:
@@ -125,10 +125,13 @@ def _rank(model: Any) -> int:
     return next(least for least in _RANKS if least >= rank)
 
 
-def _check_adapter_target(target: Path) -> None:
+def _check_adapter_target(model: Any, target: Path) -> None:
     check_writable(target)
     ours = {"adapter", "base", SCRIPT, SETTINGS}
     present = {entry.name for entry in target.iterdir()} if target.exists() else set()
+    for name, method in (("adapter", "lora"), ("base", "merged_16bit")):
+        if name in present:
+            check_target(model, target / name, method)
     if present and (SETTINGS not in present or present - ours):
         raise OutputError("the folder holds other files, which would be lost", where=str(target),
                           found=", ".join(sorted(present - ours or present)),
@@ -157,7 +160,8 @@ def _save_parts(model: Any, tokenizer: Any, staging: Path, quantization: str | N
     save_merged(model, tokenizer, staging / "adapter", save_method="lora")
     base = unwrap(model)
     if quantization is None and _lies_elsewhere(base):
-        base.generation_config.save_pretrained(staging / "adapter")  # stops as in training
+        if (generation := checked_generation(base)) is not None:
+            generation.save_pretrained(staging / "adapter")  # stops as in training
         return str(base.config._name_or_path)
     with model.disable_adapter():
         _save(model, tokenizer, staging / "base", quantization, calibration, dtype)

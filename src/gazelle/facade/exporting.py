@@ -102,6 +102,10 @@ def export_checkpoint(model_name: str, to: list[str], output: Path | None = None
         UserError: before the model is loaded, for options, data and folders that cannot be used.
     """
     targets = parse_targets(model_name, to, output)
+    for option, given in (("--llama", llama), ("--vllm", vllm)):
+        if given is not None and not verify:
+            raise OptionError("it is for verifying, which is not asked for", where=option, found=given,
+                              expected=f"--verify with {option}", fix=f"add --verify, or leave {option} out")
     if verify:
         from gazelle.export.consumers.llama import find_library
 
@@ -134,4 +138,5 @@ def export_checkpoint(model_name: str, to: list[str], output: Path | None = None
         library = "peft" if target.ways == ["lora"] else chosen.library
         write_card(target.folder, model, library=library, files=files, run_folder=checkpoint.folder)
         seconds = time.perf_counter() - began
-        yield Exported(target, files, seconds, asked.check(target.folder, files, chosen.consumer) if asked else [])
+        verified = asked.check(target.folder, target.ways, files, chosen.consumer) if asked else []
+        yield Exported(target, files, seconds, verified)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gazelle.adapters.unwrap import unwrap
-from gazelle.base.errors import OptionError, nearest
+from gazelle.base.errors import OptionError, OutputError, nearest
 from gazelle.base.files import staged_file
 from gazelle.base.log import logger
 
@@ -105,19 +105,37 @@ def _ollama(model: Any, tokenizer: Any, folder: Path, ways: list[str], calibrati
 
 def _onnx(model: Any, tokenizer: Any, folder: Path, ways: list[str], calibration: Any) -> list[Path]:  # noqa: ARG001
     """The model, and beside it what a runtime for text generation looks for: tokenizer, stop tokens, sizes."""
-    from gazelle.export.onnx import export_onnx
+    import torch
 
-    files = export_onnx(model, folder / "model.onnx", dtype=ways[0])
+    from gazelle.export.onnx import export_onnx
+    from gazelle.models.save import checked_generation, still_tied, write_config
+
     base = unwrap(model)
     with tempfile.TemporaryDirectory() as scratch:
         tokenizer.save_pretrained(scratch)
-        base.config.save_pretrained(scratch)
-        base.generation_config.save_pretrained(scratch)
-        for path in sorted(Path(scratch).iterdir()):
-            with staged_file(folder / path.name) as staging:
+        tied = still_tied(model, dict(getattr(base, "all_tied_weights_keys", {})))
+        write_config(base, getattr(torch, ways[0]), tied, None, Path(scratch))
+        if (generation := checked_generation(base)) is not None:
+            generation.save_pretrained(scratch)
+        beside = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
+        places = [folder / path.relative_to(scratch) for path in beside]
+        _check_no_model(folder, {path.relative_to(scratch).parts[0] for path in beside})
+        files = export_onnx(model, folder / "model.onnx", dtype=ways[0])
+        for path, place in zip(beside, places, strict=True):
+            place.parent.mkdir(exist_ok=True)
+            with staged_file(place) as staging:
                 shutil.copyfile(path, staging)
-            files.append(folder / path.name)
-    return files
+    return files + places
+
+
+def _check_no_model(folder: Path, names: set[str]) -> None:
+    """Raise `OutputError` if files `names` of something else than an earlier ONNX export would be replaced."""
+    present = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    lost = present & (names | {"adapter_config.json"})
+    if lost and ("model.onnx" not in present or "adapter_config.json" in lost):
+        raise OutputError("the folder holds files of something else, which would be replaced", where=str(folder),
+                          found=", ".join(sorted(lost)), expected="a new folder, or one with an earlier ONNX export",
+                          fix="choose a folder of its own")
 
 
 def _files(folder: Path) -> list[Path]:

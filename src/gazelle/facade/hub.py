@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import logger
-from gazelle.facade.saving import loaded_tokenizer, save_checkpoint
+from gazelle.facade.saving import check_method, loaded_tokenizer, save_checkpoint
 from gazelle.models.hub import check_repository, push_folder
 
 if TYPE_CHECKING:
@@ -51,7 +51,9 @@ def push_to_hub_merged(self: "PreTrainedModel", repo_id: str, tokenizer: "PreTra
 def _push(model: Any, tokenizer: Any, repo_id: str, method: str, private: bool | None, token: str | None,
           max_shard_size: str | int, commit: dict[str, Any], **options: Any) -> Any:
     _check_commit(commit)
-    repository = check_repository(repo_id, token=token, private=private)
+    check_method(method, options | {"max_shard_size": max_shard_size})
+    repository = check_repository(repo_id, token=token, private=private, adapter=method == "lora",
+                                  revision=commit.get("revision"))
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "model"
         save_checkpoint(model, tokenizer, folder, method, max_shard_size=max_shard_size, **options)

@@ -23,22 +23,27 @@ def save_checkpoint(model: Any, tokenizer: "PreTrainedTokenizerBase | None", fol
     Raises:
         OptionError: an unknown method, or an option that it does not have.
     """
+    check_method(save_method, options)
     if save_method not in QUANTISED:
-        methods = (*METHODS, *QUANTISED)
-        if save_method not in METHODS:
-            raise OptionError("no such way to save a model", where="save_method", found=save_method,
-                              expected=", ".join(methods), fix=nearest(str(save_method), methods))
-        _check_options(options, save_merged)
         return save_merged(model, tokenizer, folder, save_method=save_method, **options)
     from gazelle.export.quantised import save_quantised
 
-    _check_options(options, save_quantised)
     if tokenizer is None and save_method != "fp8":
         tokenizer = loaded_tokenizer(model)
     return save_quantised(model, tokenizer, folder, save_method, **options)
 
 
-def _check_options(options: dict[str, Any], function: "Callable[..., Any]") -> None:
+def check_method(save_method: str, options: dict[str, Any]) -> None:
+    """Raise `OptionError` for an unknown method, or an option that it does not have."""
+    methods = (*METHODS, *QUANTISED)
+    if save_method not in methods:
+        raise OptionError("no such way to save a model", where="save_method", found=save_method,
+                          expected=", ".join(methods), fix=nearest(str(save_method), methods))
+    function: Callable[..., Any] = save_merged
+    if save_method in QUANTISED:
+        from gazelle.export.quantised import save_quantised
+
+        function = save_quantised
     known = {name for name, parameter in inspect.signature(function).parameters.items()
              if parameter.kind is parameter.KEYWORD_ONLY}
     if unknown := sorted(options.keys() - known):
@@ -47,17 +52,20 @@ def _check_options(options: dict[str, Any], function: "Callable[..., Any]") -> N
 
 
 def loaded_tokenizer(model: Any) -> "PreTrainedTokenizerBase":
-    """The tokenizer of the checkpoint that `model` was loaded from.
+    """The tokenizer that came with `model`, with the template that training gave it; else its base's.
 
     Raises:
-        OptionError: it is not known, or tokens were added since.
+        OptionError: it is not known, or has other tokens than the model.
     """
-    name = getattr(unwrap(model).config, "_name_or_path", "")
-    if not name:
+    base = unwrap(model)
+    name = getattr(base.config, "_name_or_path", "")
+    tokenizer = getattr(base, "gazelle_tokenizer", None)
+    if tokenizer is None and not name:
         raise OptionError("the model does not know its tokenizer", where="tokenizer", found="none",
                           expected="the model's tokenizer", fix="pass tokenizer=")
-    tokenizer, _ = load_tokenizer(name)
-    used = getattr(unwrap(model), "tokens_in_use", len(tokenizer))
+    if tokenizer is None:
+        tokenizer, _ = load_tokenizer(name)
+    used = getattr(base, "tokens_in_use", len(tokenizer))
     if used != len(tokenizer):
         raise OptionError("tokens were added to the model's tokenizer", where="tokenizer", found=f"{used:,} tokens",
                           expected=f"{len(tokenizer):,}, those of {name}", fix="pass tokenizer=")

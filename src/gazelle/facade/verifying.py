@@ -12,6 +12,8 @@ from gazelle.export.verify_probe import ask_model, make_probe
 from gazelle.models.checkpoint import find_checkpoint
 from gazelle.models.special_tokens import stop_ids
 
+_WHOLE = ("16bit", "lora", "f32", "f16", "bf16", "float32", "float16")  # ways that round little or not at all
+
 
 class Verifier:
     """A model in memory that has been asked, so that its exports can be."""
@@ -28,7 +30,7 @@ class Verifier:
         self._reference = ask_model(model, self._probe)
         self._base = self._base_of(model) if hasattr(model, "peft_config") else None
 
-    def check(self, folder: Path, files: list[Path], consumer: str) -> list[Verification]:
+    def check(self, folder: Path, ways: list[str], files: list[Path], consumer: str) -> list[Verification]:
         """Verify an export, each file of it if it is GGUF, and write down the results beside it."""
         if consumer == "gguf-lora":
             return [self._adapter(files[0])]
@@ -36,8 +38,9 @@ class Verifier:
         found = []
         for path in paths:
             is_adapter = (path / "adapter_config.json").exists()
+            way = path.stem.removeprefix("model-").lower() if consumer == "gguf" else ways[0]
             verified = verify(path, consumer, self._probe, self._reference, self._tokenizer, llama=self._llama,
-                              vllm=self._vllm, base=self._base if is_adapter else None)
+                              vllm=self._vllm, base=self._base if is_adapter else None, whole=way in _WHOLE)
             verified.write()
             found.append(verified)
         return found
@@ -49,7 +52,7 @@ class Verifier:
         with tempfile.TemporaryDirectory() as scratch, self._model.disable_adapter():
             base, = export_gguf(self._model, self._tokenizer, scratch, "f16")
             verified = verify(base, "gguf", self._probe, self._reference, self._tokenizer, llama=self._llama,
-                              lora=adapter)
+                              lora=adapter, whole=True)
         verified.write()
         return verified
 

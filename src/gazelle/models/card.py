@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.files import write_text
 from gazelle.base.sizes import megabytes
@@ -137,7 +139,7 @@ def _licence(name: str, on_hub: bool, token: str | None) -> dict[str, Any]:
             card = ModelCard.load(path / NAME)
         else:
             return {}
-    except (httpx.HTTPError, OSError, ValueError, HFValidationError):
+    except (httpx.HTTPError, OSError, ValueError, HFValidationError, yaml.YAMLError):
         return {}  # no card, or none to be had: then nothing is said of the licence
     return {key: value for key in ("license", "license_name", "license_link")
             if isinstance(value := card.data.get(key), str)}

@@ -5,6 +5,7 @@ Tokens go from the caller into a header and nowhere else. What the hub answers i
 
 import contextlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,23 +16,36 @@ from gazelle.base.progress import tell
 from gazelle.models.card import NAME, card_text, is_empty_form, is_untouched
 from gazelle.models.record import RECORD
 
+_WEIGHTS = re.compile(r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors")  # of a whole model
 _PRIVATE = ("train", "eval")  # keys of the run's record that say where files lie on this machine
 
 
-def check_repository(repository: str, *, token: str | None, private: bool | None) -> str:
+def check_repository(repository: str, *, token: str | None, private: bool | None, adapter: bool | None = None,
+                     revision: str | None = None) -> str:
     """Make sure of a repository that may be written to, before long work; it is made if need be.
+
+    Args:
+        repository: name, with or without the user's before it.
+        token: else that of `hf auth login`.
+        private: for a new repository.
+        adapter: whether an adapter is to be uploaded, or a whole model; None for what may lie beside either.
+        revision: that is to be written to.
 
     Returns:
         Its full name, with the user's before it where none was given.
 
     Raises:
-        HubError: not to be had, with what to do.
+        HubError: not to be had, with what to do; or it holds a model where an adapter is to go, or the reverse.
     """
     from huggingface_hub import HfApi
 
     tell(f"asking the hub for {repository}")
+    api = HfApi(token=token)
     with _refusals(repository, token):
-        return HfApi(token=token).create_repo(repository, private=private, exist_ok=True).repo_id
+        name: str = api.create_repo(repository, private=private, exist_ok=True).repo_id
+        if adapter is not None:
+            _check_kind(name, _present(api, name, revision), adapter=adapter)
+    return name
 
 
 def push_folder(folder: Path, repository: str, model: Any, *, token: str | None, library: str | None = None,
@@ -39,7 +53,8 @@ def push_folder(folder: Path, repository: str, model: Any, *, token: str | None,
                 create_pr: bool = False, run_folder: Path | None = None) -> Any:
     """Upload all files in `folder`, with a card, as one commit.
 
-    A card on the hub that somebody has edited stays. `gazelle.json` goes without the places of data files.
+    A card on the hub that somebody has edited stays. Weights of an earlier upload that are not in this one go with the
+    same commit, since programs would read them first. `gazelle.json` goes without the places of data files.
 
     Args:
         folder: its files; it is a temporary one, whose card and record are written here.
@@ -54,9 +69,10 @@ def push_folder(folder: Path, repository: str, model: Any, *, token: str | None,
         huggingface_hub's `CommitInfo`.
 
     Raises:
-        HubError: the hub did not take it; then nothing is committed.
+        HubError: the hub did not take it, or holds a model where an adapter is to go, or the reverse; then nothing is
+            committed.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
     if library is None:
         library = "peft" if (folder / "adapter_config.json").exists() else "transformers"
@@ -69,7 +85,10 @@ def push_folder(folder: Path, repository: str, model: Any, *, token: str | None,
     api = HfApi(token=token)
     card = folder / NAME
     with _refusals(repository, token):
-        keep = _somebodys(api, repository, revision, folder)
+        present = _present(api, repository, revision)
+        keep = NAME in present and _somebodys(api, repository, revision, folder)
+    if (folder / "adapter_config.json").exists() or (folder / "config.json").exists():
+        _check_kind(repository, present, adapter=(folder / "adapter_config.json").exists())
     card.unlink(missing_ok=True)
     if not keep:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -79,9 +98,35 @@ def push_folder(folder: Path, repository: str, model: Any, *, token: str | None,
     # upload_folder would make several commits of a large folder.
     added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path)
              for path in sorted(folder.rglob("*")) if path.is_file()]
+    uploaded = {operation.path_in_repo for operation in added}
+    old = [CommitOperationDelete(name) for name in sorted(present - uploaded)
+           if _WEIGHTS.fullmatch(name) and any(map(_WEIGHTS.fullmatch, uploaded))]
     with _refusals(repository, token):
-        return api.create_commit(repository, added, commit_message=commit_message or "Upload model",
+        return api.create_commit(repository, [*added, *old], commit_message=commit_message or "Upload model",
                                  commit_description=commit_description, revision=revision, create_pr=create_pr)
+
+
+def _present(api: Any, repository: str, revision: str | None) -> set[str]:
+    """The files that are in the repository already."""
+    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+
+    try:
+        return set(api.list_repo_files(repository, revision=revision))
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return set()
+
+
+def _check_kind(repository: str, present: set[str], *, adapter: bool) -> None:
+    """As `save.check_target` of a folder: transformers takes an adapter before the model that lies beside it."""
+    if adapter and any(map(_WEIGHTS.fullmatch, present)):
+        kept = "a model"
+    elif not adapter and "adapter_config.json" in present:
+        kept = "an adapter"
+    else:
+        return
+    raise HubError(f"the repository holds {kept}, and only one of the two would be loaded", where=repository,
+                   found=kept, expected="a new repository, or one with what was uploaded in the same way",
+                   fix="choose a repository of its own for each")
 
 
 def _somebodys(api: Any, repository: str, revision: str | None, folder: Path) -> bool:
@@ -123,7 +168,9 @@ def _refusals(repository: str, token: str | None) -> Iterator[None]:
             if status >= 500:
                 what, fix = "the hub has trouble of its own", "try again later; nothing was committed"
         found = str(cause).strip() or type(cause).__name__
-        raise HubError(what, where=repository, found=found.replace(token, "…") if token else found,
+        if isinstance(token, str) and token:
+            found = found.replace(token, "…")
+        raise HubError(what, where=repository, found=found,
                        expected="a repository that takes the upload", fix=fix) from error
     except ValueError as error:
         if not str(error).startswith("Invalid metadata"):

@@ -98,6 +98,7 @@ def load_model(model_name: str, *, max_seq_length: int | None = None, dtype: "st
     align_special_tokens(model, tokenizer)
     tokenizer.model_max_length = length
     model.max_seq_length, model.tokens_in_use = length, len(tokenizer)
+    model.gazelle_tokenizer = tokenizer  # exports without one at hand take it, with the template it has by then
     model.gazelle_loading = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8, "quant_method": quant_method,
                              "max_seq_length": length}  # for record_base
     if checkpoint.adapter is not None:

@@ -115,7 +115,7 @@ def saved_checkpoint(model: Any, tokenizer: "PreTrainedTokenizerBase | None", ta
     began = time.perf_counter()
     base = unwrap(model)
     check_readable(base)
-    generation = _generation_config(base)
+    generation = checked_generation(base)
     check_space(target, (_numel(base) - few_bits) * dtype.itemsize + few_bits)
     tied_names = dict(getattr(base, "all_tied_weights_keys", {}))
     tied = still_tied(model, tied_names)
@@ -126,7 +126,7 @@ def saved_checkpoint(model: Any, tokenizer: "PreTrainedTokenizerBase | None", ta
             yield (CheckpointOutput(base, dtype, writer, report),
                    ((name, tensor) for name, tensor in merged_tensors(model) if not (tied and name in tied_names)))
         writer.close()
-        _write_configs(base, dtype, tied, quantization, staging)
+        write_config(base, dtype, tied, quantization, staging)
         if generation is not None:
             generation.save_pretrained(staging)
         if tokenizer is not None:
@@ -205,8 +205,12 @@ def check_readable(base: Any) -> None:
                          fix='save the adapter alone with save_method="lora", or load the original model')
 
 
-def _generation_config(base: Any) -> "GenerationConfig | None":
-    """What is written as generation_config.json: settings that need sampling switch it on, as transformers asks."""
+def checked_generation(base: Any) -> "GenerationConfig | None":
+    """What is written as generation_config.json: settings that need sampling switch it on, as transformers asks.
+
+    Raises:
+        ModelError: settings that contradict each other.
+    """
     config: GenerationConfig | None = copy.deepcopy(base.generation_config)
     if config is None:
         return None
@@ -281,8 +285,9 @@ def still_tied(model: Any, tied_names: dict[str, str]) -> bool:
                if target in found and source in found)
 
 
-def _write_configs(base: Any, dtype: torch.dtype, tied: bool, quantization: dict[str, Any] | None, folder: Path
-                   ) -> None:
+def write_config(base: Any, dtype: torch.dtype, tied: bool, quantization: dict[str, Any] | None, folder: Path
+                 ) -> None:
+    """Write config.json for weights of the type `dtype`, plain or quantised, into `folder`."""
     config: PretrainedConfig = type(base.config).from_dict(base.config.to_dict())
     for name in ("quantization_config", "_pre_quantization_dtype"):
         if hasattr(config, name):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from gazelle.base.errors import MissingDependencyError, ModelError, OptionError
+from gazelle.export.consumers.rows import judged
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 _LOGGER = ctypes.CFUNCTYPE(None, c_int32, c_char_p, c_void_p)
@@ -142,12 +143,9 @@ def answer(request: dict[str, Any], library: Path) -> tuple[dict[str, Any], "np.
         logits = llama.feed(row["ids"], row["at"])
         kept.append(logits[:room])
         room -= len(kept[-1])
-        following = np.array([row["ids"][at + 1] for at in row["at"]], int)
-        wide = logits.astype(np.float64)
-        most = wide.max(-1, initial=-np.inf)
-        sums = most + np.log(np.exp(wide - most[:, None]).sum(-1))
-        logprobs.append((wide[np.arange(len(following)), following] - sums).tolist())
-        likeliest.append(logits.argmax(-1).tolist())
+        said, chosen = judged(row, logits)
+        logprobs.append(said)
+        likeliest.append(chosen)
     given = {"consumer": f"llama.cpp ({library})", "texts": [llama.tokenize(text) for text in request["texts"]],
              "chats": [llama.tokenize(text) for text in request["chats"]], "ends": llama.ends(),
              "answers": [_greedy(llama, prompt, request) for prompt in request["prompts"]],

@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from gazelle.export.consumers.rows import judged
+
 
 def answer(request: dict[str, Any]) -> tuple[dict[str, Any], "np.ndarray[Any, Any] | None"]:
     """Answer a request, as the package describes it."""
@@ -22,12 +24,9 @@ def answer(request: dict[str, Any]) -> tuple[dict[str, Any], "np.ndarray[Any, An
         logits = _feed(session, row["ids"], {})[0][row["at"]].astype(np.float32)
         kept.append(logits[:room])
         room -= len(kept[-1])
-        wide = logits.astype(np.float64)
-        most = wide.max(-1, initial=-np.inf)
-        sums = most + np.log(np.exp(wide - most[:, None]).sum(-1))
-        following = np.array([row["ids"][at + 1] for at in row["at"]], int)
-        logprobs.append((wide[np.arange(len(following)), following] - sums).tolist())
-        likeliest.append(logits.argmax(-1).tolist())
+        said, chosen = judged(row, logits)
+        logprobs.append(said)
+        likeliest.append(chosen)
     ends = GenerationConfig.from_pretrained(folder).eos_token_id
     given = {"consumer": f"onnxruntime {onnxruntime.__version__}",
              "texts": [tokenizer(text, add_special_tokens=False)["input_ids"] for text in request["texts"]],

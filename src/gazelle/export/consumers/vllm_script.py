@@ -29,7 +29,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
                   + [len(prompt) + request["tokens"] for prompt in request["prompts"]])
     options: dict[str, Any] = {"enforce_eager": True, "max_model_len": longest, "gpu_memory_utilization": 0.5}
     if adapter:
-        rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+        settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        rank = max([settings["r"], *(settings.get("rank_pattern") or {}).values()])
         options |= {"enable_lora": True, "max_lora_rank": next(most for most in _RANKS if most >= rank),
                     "tokenizer": str(folder)}
     model = vllm.LLM(model=request["base"]["folder"] if adapter else str(folder), **options)
