@@ -105,6 +105,7 @@ class HoldOn(TrainerCallback):
 
     def __init__(self, replay: Replay, own: list[Example], model: Any) -> None:
         self.replay, self.own, self.model = replay, own, model
+        self.remembered = False
         self.before: dict[str, torch.Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -132,7 +133,9 @@ class HoldOn(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Remember this run's rows; they are saved in its folder."""
-        self.replay.remember(self.own, args.seed)
+        if not self.remembered:  # a run that is stopped and taken up again ends twice
+            self.replay.remember(self.own, args.seed)
+            self.remembered = True
         if args.output_dir and state.is_world_process_zero:
             self.replay.save(Path(args.output_dir))
 
