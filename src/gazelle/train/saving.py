@@ -50,7 +50,7 @@ class Checkpoints(TrainerCallback):
 
     Attributes:
         resumed: the checkpoint that the run goes on from.
-        written: the last one that it wrote.
+        written: the last one that it wrote since.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -72,10 +72,14 @@ class Checkpoints(TrainerCallback):
             check_adapter(found, self.trainer.model)
             return found
 
-        self.resumed = self._first_alone(look)
+        self.resumed, self.written = self._first_alone(look), None
         if self.resumed is not None and is_foreign(self.resumed):
             logger.warning("%s was written by transformers: it has no manifest to verify it by.", self.resumed)
         return self.resumed
+
+    def back(self) -> Path | None:
+        """The run's last checkpoint that is sound, once more to go on from."""
+        return self.find(True if self.written is not None else self.resumed)
 
     def save(self, trial: Any) -> None:
         """Write `checkpoint-N` and delete the oldest beyond `save_total_limit`.

@@ -1,6 +1,7 @@
 """`SurvivingTrainer`: transformers' trainer with checkpoints that are whole or not there, and an end that can wait."""
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -65,9 +66,11 @@ class SurvivingTrainer(Trainer):
                     result = super().train(None if resume is None else str(resume), **kwargs)
                     break
                 except RollBack:
-                    resume = self._checkpoints.find(True)
+                    resume = self._checkpoints.back()
                 self.rolled_back()
-        if self._interruption.caught is not None:
+        if self._interruption.caught is not None and not self._interruption.stopping:
+            signal.raise_signal(self._interruption.caught)  # too late to stop anything here: as it would be without us
+        elif self._interruption.caught is not None:
             logger.warning("Stopped at step %d of %d, saved in %s. To go on: trainer.train(resume_from_checkpoint=True)"
                            " or gazelle train RECIPE --resume.", self.state.global_step, self.state.max_steps,
                            self._checkpoints.written)
@@ -108,7 +111,7 @@ class SurvivingTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
-        if self._interruption.caught is not None:
+        if self._interruption.stopping:
             return
         if reason := fault(best):
             logger.warning("The best model is not loaded, as %s is damaged: %s. The last weights stay.", best, reason)
