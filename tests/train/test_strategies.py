@@ -22,6 +22,7 @@ from gazelle import (
     profile_io,
 )
 from gazelle.base.errors import OptionError
+from gazelle.data.encode import Example
 from gazelle.engine.keep import ALL, KEEP
 from gazelle.facade.language_model import bind
 from gazelle.models.precision import MixedPrecisionConfig, set_mixed_precision
@@ -328,9 +329,26 @@ def test_a_run_that_ends_twice_is_remembered_once(make: Any, bytes_tokenizer: An
     assert json.loads((tmp_path / "out" / "replay.json").read_text())["seen"] == [10]
 
 
-def test_what_is_remembered(tmp_path: Path) -> None:
-    from gazelle.data.encode import Example
+def test_a_resumed_run_needs_the_rows_that_came_again(make: Any, bytes_tokenizer: Any, tmp_path: Path) -> None:
+    def run(steps: int, **replay: Any) -> Any:
+        model = bind(fresh(bytes_tokenizer))
+        model.enable_incremental_tuning(memory_size=5, **replay)
+        return make(task("crate"), model=model, max_steps=steps, save_strategy="steps", save_steps=2)
 
+    memory = Replay(5)
+    memory.remember([Example([1, 2, 3], [-100, 2, 3], "a row")] * 5, 3)
+    (tmp_path / "first").mkdir()
+    memory.save(tmp_path / "first")
+    run(2, memory=tmp_path / "first").train()
+    with pytest.raises(OptionError, match="other rows of earlier runs") as caught:
+        run(4).train(resume_from_checkpoint=True)
+    assert (caught.value.found, caught.value.expected) == ("0 rows", "5 rows")
+    again = run(4, memory=tmp_path / "first")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+
+
+def test_what_is_remembered(tmp_path: Path) -> None:
     def rows(task: int, count: int) -> list[Example]:
         return [Example([task, number], [-100, number], f"{task}") for number in range(count)]
 

@@ -24,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from gazelle.adapters.unwrap import adapter_state
-from gazelle.base.errors import OptionError, OutputError
+from gazelle.base.errors import OptionError
 from gazelle.base.log import logger
 from gazelle.train.checkpoint import (
     SLACK,
@@ -304,7 +304,7 @@ class Checkpoints(TrainerCallback):
         if self.trainer.args.should_save:
             try:
                 outcome[0] = work()
-            except (OptionError, OutputError) as error:
+            except Exception as error:  # noqa: BLE001 — raised below, here and in the others, which would wait
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
