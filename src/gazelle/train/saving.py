@@ -72,7 +72,7 @@ class Checkpoints(TrainerCallback):
             check_adapter(found, self.trainer.model)
             return found
 
-        self.resumed, self.written = self._first_alone(look), None
+        self.resumed, self.written = self.first_alone(look), None
         if self.resumed is not None and is_foreign(self.resumed):
             logger.warning("%s was written by transformers: it has no manifest to verify it by.", self.resumed)
         return self.resumed
@@ -106,7 +106,7 @@ class Checkpoints(TrainerCallback):
                 state.save_to_json(str(staging / "trainer_state.json"))
             rotate(folder, args.save_total_limit, [target] if best is None else [target, best])
 
-        self._first_alone(write)
+        self.first_alone(write)
         self.written = target
         if args.push_to_hub:
             trainer._push_from_checkpoint(str(target))
@@ -296,7 +296,7 @@ class Checkpoints(TrainerCallback):
         dist.all_gather_object(everyone, mine)
         return everyone
 
-    def _first_alone(self, work: Any) -> Any:
+    def first_alone(self, work: Any) -> Any:
         """What the first process makes of `work`, its error included, in all of them."""
         if self.trainer.args.world_size == 1:
             return work()

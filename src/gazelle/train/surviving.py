@@ -44,11 +44,13 @@ class SurvivingTrainer(Trainer):
             OptionError: no checkpoint to go on from is sound.
         """
         folder = Path(str(self.args.output_dir))
-        if resume is True and not folder.exists():
-            find_checkpoint(True, str(folder))  # says so before the lock makes the folder
         with contextlib.ExitStack() as stack:
-            if self.is_world_process_zero():
+            def take() -> None:
+                if resume is True and not folder.exists():
+                    find_checkpoint(True, str(folder))  # says so before the lock makes the folder
                 stack.enter_context(folder_lock(folder))
+
+            self._checkpoints.first_alone(take)
             yield self._checkpoints.find(resume)
 
     def train_on(self, resume: Path | None, **kwargs: Any) -> Any:
