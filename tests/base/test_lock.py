@@ -1,5 +1,6 @@
 """One run a folder, told by a lock that dies with its process."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gazelle.base import lock
 from gazelle.base.errors import OutputError
 from gazelle.base.lock import LOCK, check_unlocked, folder_lock
 
@@ -80,3 +82,16 @@ def test_a_thread_may_nest_it_and_another_may_not_have_it(tmp_path: Path) -> Non
     assert "another thread" in caught[0].found
     other()
     assert len(caught) == 1
+
+
+def test_a_file_system_without_locks_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                  caplog: pytest.LogCaptureFixture) -> None:
+    def unknown(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock.fcntl, "lockf", unknown)
+    with folder_lock(tmp_path):
+        check_unlocked(tmp_path)
+    assert "No locks available" in caplog.text and not (tmp_path / LOCK).exists()
+    (tmp_path / LOCK).write_text("1 on elsewhere")
+    check_unlocked(tmp_path)

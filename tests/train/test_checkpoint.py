@@ -102,6 +102,29 @@ def test_what_killed_processes_leave_is_cleared_away(tmp_path: Path) -> None:
     assert fault(tmp_path / "checkpoint-3") is None
 
 
+def test_what_somebody_else_called_so_stays(tmp_path: Path) -> None:
+    write(tmp_path, 1)
+    shutil.copytree(tmp_path / "checkpoint-1", tmp_path / "checkpoint-best-1")
+    (tmp_path / ".checkpoint-notes").mkdir()
+    (tmp_path / ".checkpoint-9.txt").write_text("mine")
+    recover(tmp_path)
+    rotate(tmp_path, 1, [write(tmp_path, 2)])
+    left = [".checkpoint-9.txt", ".checkpoint-notes", "checkpoint-2", "checkpoint-best-1"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == left
+
+
+def test_an_old_one_that_cannot_be_deleted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                   caplog: pytest.LogCaptureFixture) -> None:
+    def refuses(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    paths = [write(tmp_path, step) for step in (1, 2)]
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refuses)
+    rotate(tmp_path, 1, paths[1:])
+    assert "checkpoint-1 could not be deleted" in caplog.text and "Permission denied" in caplog.text
+    assert fault(paths[1]) is None
+
+
 def test_an_error_leaves_what_was_there(tmp_path: Path) -> None:
     target = write(tmp_path, 1)
     before = (target / "manifest.json").read_text()

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from gazelle import SFTTrainer
 from gazelle.__main__ import main
+from gazelle.train import interrupt
 from gazelle.train.checkpoint import fault
 from gazelle.train.interrupt import Interrupted
 
@@ -70,6 +71,51 @@ def test_it_saves_stops_and_goes_on(number: int, code: int, quick: Make, caplog:
     over = quick(**options)
     over.train(resume_from_checkpoint=True)  # nothing is left to do
     assert over.state.global_step == 5 and weights_hash(over.model) == weights_hash(whole.model)
+
+
+class SignalLate(TrainerCallback):
+    """Sends this process a signal when a step is over, behind the place where the run looks for one."""
+
+    def __init__(self, step: int, event: str) -> None:
+        self.step = step
+        setattr(self, event, self.send)
+
+    def send(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_one_behind_the_last_step_of_an_epoch_is_saved_too(quick: Make) -> None:
+    trainer = quick(max_steps=-1, num_train_epochs=1, save_strategy="epoch", gradient_accumulation_steps=1)
+    total = len(trainer.get_train_dataloader())
+    trainer.add_callback(SignalLate(total, "on_step_end"))
+    with pytest.raises(Interrupted):
+        trainer.train()
+    assert trainer.state.global_step == total
+    assert fault(Path(trainer.args.output_dir) / f"checkpoint-{total}") is None
+
+
+def test_one_behind_everything_does_what_it_would_without_us(quick: Make) -> None:
+    before = handlers()
+    trainer = quick(max_steps=2)
+    trainer.add_callback(SignalLate(2, "on_train_end"))
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert handlers() == before
+
+
+def test_a_handler_that_was_not_set_from_python(quick: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is told as None, and gives way to the default."""
+    real, given = signal.signal, []
+    monkeypatch.setattr(interrupt.signal, "signal", lambda number, handler: given.append(handler) or (
+        real(number, handler) and None))
+    before = handlers()
+    try:
+        quick(max_steps=1).train()
+        assert given[-2:] == [signal.SIG_DFL] * 2
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), before, strict=True):
+            real(number, handler)
 
 
 def test_a_second_one_stops_at_once(quick: Make) -> None:

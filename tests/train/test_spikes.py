@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,8 @@ from gazelle import SFTConfig, SFTTrainer
 from gazelle.base.errors import TrainingError
 from gazelle.models import swap
 from gazelle.train.facts import plan_lines
-from gazelle.train.spikes import MOST, MOST_OTHERWISE, Spikes, not_finite, undo_on_device
+from gazelle.train.optimizer import clip_finite
+from gazelle.train.spikes import MOST, MOST_OTHERWISE, RollBack, Spikes, not_finite, undo_on_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 Make = Callable[..., SFTTrainer]
@@ -260,6 +262,72 @@ def test_rolling_back_goes_back(quick: Make) -> None:
     assert same(weights[4], weights[2]) and same(weights[5], weights[2])  # 4 and 5 again, left out
     assert not same(weights[6], weights[5])
     assert trainer._spikes.counts["left out after rolling back"] == 2
+
+
+def test_a_verdict_heard_after_rolling_back_is_not_heard_again() -> None:
+    """On a GPU step 6 is saved, undone, before the host hears of it: the run went back to where it was heard of."""
+    watch = spikes(policy="rollback", checkpoint="checkpoint-6")
+    watch._unheard = 6, [float("nan"), 1.0, 1.0]
+    saved = copy.deepcopy(watch.state_dict())
+    arguments = SimpleNamespace(learning_rate=1e-3, max_grad_norm=1.0), SimpleNamespace(global_step=6), None
+    parameter = torch.nn.Parameter(torch.ones(2))
+    parameter.grad = torch.ones(2)
+    optimizer = torch.optim.SGD([parameter])
+    with pytest.raises(RollBack):
+        watch.on_pre_optimizer_step(*arguments, model=torch.nn.Linear(1, 1), optimizer=optimizer)
+    watch.load_state_dict(saved)
+    watch.on_step_begin()
+    watch.norm = 1.0
+    watch.on_pre_optimizer_step(*arguments, model=torch.nn.Linear(1, 1), optimizer=optimizer)
+    assert watch.counts == {"not finite": 1, "rolled back": 1} and parameter.grad is not None
+    fresh = spikes(checkpoint="checkpoint-6")  # of a process that has heard nothing
+    fresh.load_state_dict(saved)
+    fresh.on_step_begin()
+    fresh.norm = 1.0
+    fresh.on_pre_optimizer_step(*arguments, model=torch.nn.Linear(1, 1), optimizer=optimizer)
+    assert fresh.counts == {"not finite": 1}
+
+
+def test_rolling_back_to_a_checkpoint_that_was_named(quick: Make, tmp_path: Path) -> None:
+    """Which lies in another folder; and a run that starts anew does not go back to one of the run before."""
+    first = quick(max_steps=2, save_strategy="steps", save_steps=2)
+    first.train()
+    named = tmp_path / "elsewhere" / "checkpoint-2"
+    shutil.move(Path(first.args.output_dir) / "checkpoint-2", named)
+    trainer = quick(max_steps=4, on_spike="rollback")
+    poison(trainer, {3}, float("nan"))
+    trainer.train(resume_from_checkpoint=str(named))
+    assert trainer.state.global_step == 4
+    assert trainer._spikes.counts == {"not finite": 1, "rolled back": 1, "left out after rolling back": 1}
+    trainer.train()
+    assert trainer._spikes.counts == {"not finite": 1}
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 1e3, float("inf")])
+def test_clipping_leaves_what_is_not_finite(max_grad_norm: float) -> None:
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.zeros(5)) for _ in range(4)] for _ in range(2))
+    for one, other in zip(ours[:3], theirs[:3], strict=True):  # the last one has none
+        one.grad = torch.randn(5)
+        other.grad = one.grad.clone()
+    assert clip_finite(ours, max_grad_norm) == torch.nn.utils.clip_grad_norm_(theirs, max_grad_norm)
+    assert all(torch.equal(one.grad, other.grad) for one, other in zip(ours[:3], theirs[:3], strict=True))
+    before = ours[0].grad.clone()
+    ours[1].grad[2] = float("inf")
+    assert clip_finite(ours, max_grad_norm).isinf()
+    assert torch.equal(ours[0].grad, before) and not_finite([part.grad for part in ours[:3]]) == [1]
+
+
+def test_gradients_are_looked_through_only_when_their_norm_is_no_number(quick: Make) -> None:
+    for max_grad_norm in (1.0, 0.0):
+        trainer = quick(optim="adafactor", max_grad_norm=max_grad_norm, max_steps=4)
+        poison(trainer, {3}, float("nan"))
+        looked = []
+        look = trainer._spikes.look
+        trainer._spikes.look = lambda model, look=look, trainer=trainer, looked=looked: looked.append(  # type: ignore
+            trainer.state.global_step + 1) or look(model)
+        trainer.train()
+        assert looked == [3]
 
 
 def test_rolling_back_without_a_checkpoint_skips(quick: Make, caplog: pytest.LogCaptureFixture) -> None:

@@ -22,6 +22,7 @@ from gazelle import (
     profile_io,
 )
 from gazelle.base.errors import OptionError
+from gazelle.data.encode import Example
 from gazelle.engine.keep import ALL, KEEP
 from gazelle.facade.language_model import bind
 from gazelle.models.precision import MixedPrecisionConfig, set_mixed_precision
@@ -178,6 +179,16 @@ def test_dynamic_batches_hold_a_like_number_of_tokens(make: Any) -> None:
         make(lengths_of(*sizes), packing=True).enable_dynamic_batching()
 
 
+def test_dynamic_batches_larger_than_planned_are_planned_for(make: Any) -> None:
+    trainer = make(lengths_of(*[6] * 40, 96), per_device_train_batch_size=2)
+    assert trainer.plan.batch.tokens == 102
+    peak = trainer.plan.predicted_peak
+    trainer.enable_dynamic_batching(max_batch_size=41)  # 192 tokens
+    assert trainer.plan.batch.tokens == max(sum(len(row.input_ids) for row in rows)
+                                            for rows in trainer.train_dataset.bins) > 102
+    assert trainer.plan.predicted_peak > peak and trainer._window.plan is trainer.plan
+
+
 def test_texts_are_chunked_without_loss_of_a_token(make: Any, bytes_tokenizer: Any) -> None:
     texts = ["".join(chr(97 + (at * 7 + n) % 26) for at in range(211 + 50 * n)) for n in range(3)]
     trainer = make([{"text": text} for text in texts], max_length=32)
@@ -309,9 +320,35 @@ def test_replay_and_the_pull_forget_less(make: Any, bytes_tokenizer: Any, tmp_pa
     assert saved["seen"] == [10, 10]
 
 
-def test_what_is_remembered(tmp_path: Path) -> None:
-    from gazelle.data.encode import Example
+def test_a_run_that_ends_twice_is_remembered_once(make: Any, bytes_tokenizer: Any, tmp_path: Path) -> None:
+    """As one that was stopped and taken up again in the same process."""
+    model = bind(fresh(bytes_tokenizer))
+    model.enable_incremental_tuning(memory_size=50)
+    trainer = make(task("mill"), model=model, max_steps=1)
+    trainer.train(), trainer.train()
+    assert json.loads((tmp_path / "out" / "replay.json").read_text())["seen"] == [10]
 
+
+def test_a_resumed_run_needs_the_rows_that_came_again(make: Any, bytes_tokenizer: Any, tmp_path: Path) -> None:
+    def run(steps: int, **replay: Any) -> Any:
+        model = bind(fresh(bytes_tokenizer))
+        model.enable_incremental_tuning(memory_size=5, **replay)
+        return make(task("crate"), model=model, max_steps=steps, save_strategy="steps", save_steps=2)
+
+    memory = Replay(5)
+    memory.remember([Example([1, 2, 3], [-100, 2, 3], "a row")] * 5, 3)
+    (tmp_path / "first").mkdir()
+    memory.save(tmp_path / "first")
+    run(2, memory=tmp_path / "first").train()
+    with pytest.raises(OptionError, match="other rows of earlier runs") as caught:
+        run(4).train(resume_from_checkpoint=True)
+    assert (caught.value.found, caught.value.expected) == ("0 rows", "5 rows")
+    again = run(4, memory=tmp_path / "first")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+
+
+def test_what_is_remembered(tmp_path: Path) -> None:
     def rows(task: int, count: int) -> list[Example]:
         return [Example([task, number], [-100, number], f"{task}") for number in range(count)]
 
@@ -344,7 +381,7 @@ def test_a_share_of_the_layers_is_made_again(make: Any, bytes_tokenizer: Any) ->
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert all(loss == losses[0] for loss in losses)  # what is made again changes no bit
     assert peaks == sorted(peaks, reverse=True) and len(set(peaks)) == 4
-    model.gradient_checkpointing_enable(checkpoint_ratio=0.4, exclude_layers=[0, "layers.2"])
+    model.gradient_checkpointing_enable(checkpoint_ratio=0.4, exclude_layers=[0, "layers.2.mlp"])
     assert make(ROWS, model=model).plan.plan.keeps == (KEEP, ALL, KEEP, ALL, KEEP)
     for wrong in ({"checkpoint_ratio": 2}, {"checkpoint_ratio": 0.5, "exclude_layers": ["layers.9"]}):
         with pytest.raises(OptionError):

@@ -1,6 +1,7 @@
 """A lock on a folder that dies with the process that holds it, however that ends."""
 
 import contextlib
+import errno
 import os
 import socket
 import threading
@@ -16,6 +17,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".gazelle.lock"
+_TAKEN = (errno.EACCES, errno.EAGAIN)
 _held: dict[Path, int] = {}  # folders that this process has locked, and the threads that did
 
 
@@ -41,6 +43,9 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
         return
     handle = _acquire(folder / LOCK)
+    if handle is None:
+        yield
+        return
     _held[folder] = threading.get_ident()
     try:
         yield
@@ -59,12 +64,14 @@ def check_unlocked(folder: Path) -> None:
     try:
         fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise _in_use(folder, _holder(handle)) from error
+        if error.errno in _TAKEN:
+            raise _in_use(folder, _holder(handle)) from error
     finally:
         os.close(handle)
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path) -> int | None:
+    """A handle that holds the lock; None where the file system has none, as some shared ones do."""
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
@@ -72,6 +79,10 @@ def _acquire(path: Path) -> int:
         except OSError as error:
             holder = _holder(handle)
             os.close(handle)
+            if error.errno not in _TAKEN:
+                say_once(f"no locks here, so two runs in one folder are not noticed: {path.parent}: {error.strerror}")
+                path.unlink(missing_ok=True)
+                return None
             raise _in_use(path.parent, holder) from error
         try:
             current = path.stat().st_ino == os.fstat(handle).st_ino

@@ -30,6 +30,8 @@ FORMAT = 1
 # Written by transformers alone: it has neither a manifest nor states of ours.
 FOREIGN = ("optimizer.pt", "optimizer.bin")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_NAME = re.compile(r"checkpoint-\d+")  # a folder called otherwise, such as checkpoint-best-20, is somebody's own
+_LEFT = re.compile(r"\.checkpoint-\d+\.(gone\.)?\w+")
 SLACK = 2**24  # bytes that a tokenizer and JSON may take
 
 
@@ -101,7 +103,8 @@ def recover(folder: Path) -> None:
 
     Only for who has the folder's lock.
     """
-    for path in sorted(folder.glob(".checkpoint-*"), key=_saved, reverse=True):
+    left = [path for path in folder.glob(".checkpoint-*") if path.is_dir() and _LEFT.fullmatch(path.name)]
+    for path in sorted(left, key=_saved, reverse=True):
         home = folder / path.name[1:].split(".")[0]
         if ".gone." not in path.name and not home.exists() and fault(path, step=step_of(home)) is None:
             path.replace(home)
@@ -122,13 +125,16 @@ def rotate(folder: Path, limit: int | None, spared: Iterable[Path]) -> None:
         if path.resolve() in stay:
             continue
         newest_first.remove(path)
-        # Renamed first: a kill while files are deleted leaves no half checkpoint under its name.
-        shutil.rmtree(path.replace(Path(tempfile.mkdtemp(prefix=f".{path.name}.gone.", dir=folder))))
+        try:
+            # Renamed first: a kill while files are deleted leaves no half checkpoint under its name.
+            shutil.rmtree(path.replace(Path(tempfile.mkdtemp(prefix=f".{path.name}.gone.", dir=folder))))
+        except OSError as error:  # the new one is whole: no reason to end the run
+            logger.warning("The old checkpoint %s could not be deleted: %s.", path, error)
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, sound or not, newest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and re.fullmatch(r".*-\d+", path.name)]
+    found = [path for path in folder.glob("checkpoint-*") if path.is_dir() and _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: (_saved(path), step_of(path)), reverse=True)
 
 
@@ -162,7 +168,7 @@ def fault(path: Path, *, step: int | None = None, thorough: bool = True) -> str 
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     if manifest["format"] != FORMAT:
         return f"its format is {manifest['format']}, which this release does not know"
-    named = step if step is not None else step_of(path) if re.fullmatch(r"checkpoint-\d+", path.name) else None
+    named = step if step is not None else step_of(path) if _NAME.fullmatch(path.name) else None
     if named is not None and manifest["step"] != named:
         return f"it is of step {manifest['step']}"
     for name, (size, digest) in files.items():

@@ -27,16 +27,18 @@ class Interruption(TrainerCallback):
 
     Attributes:
         caught: the signal's number, or None.
+        stopping: the run has been asked to stop for it.
     """
 
     def __init__(self) -> None:
         self.caught: int | None = None
+        self.stopping = False
         self._group: Any = None
 
     @contextlib.contextmanager
     def watching(self, processes: int) -> Iterator[None]:
         """Handlers are ours while it lasts, in the main thread; elsewhere signals do what they did."""
-        self.caught = None
+        self.caught, self.stopping = None, False
         if processes > 1 and self._group is None:
             self._group = dist.new_group(backend="gloo")  # on the host, so that no step waits for a GPU
         if threading.current_thread() is not threading.main_thread():
@@ -47,8 +49,7 @@ class Interruption(TrainerCallback):
         try:
             yield
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            _restore(before)
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """The one place between two steps."""
@@ -60,8 +61,10 @@ class Interruption(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         """The base class takes the stop for the end of an epoch; what it does at one would be done twice."""
-        if self.caught is not None:
+        if self.stopping:
             control.should_evaluate = control.should_save = control.should_log = False
+        else:
+            self._stop(control)  # a signal since the last step, behind which there may be no other
 
     def _stop(self, control: TrainerControl) -> None:
         if self._group is not None:  # processes hear of it in different steps
@@ -69,7 +72,7 @@ class Interruption(TrainerCallback):
             dist.all_reduce(heard, dist.ReduceOp.MAX, group=self._group)
             self.caught = int(heard) or None
         if self.caught is not None:
-            control.should_save = control.should_training_stop = True
+            self.stopping = control.should_save = control.should_training_stop = True
 
     def _catch(self, number: int, frame: Any) -> None:
         if self.caught is None:
@@ -77,6 +80,11 @@ class Interruption(TrainerCallback):
             logger.warning("%s: saving after this step. Once more to stop at once, without saving.",
                            signal.Signals(number).name)
             return
-        for each, handler in self._before.items():
-            signal.signal(each, handler)
+        _restore(self._before)
         signal.raise_signal(number)
+
+
+def _restore(handlers: dict[signal.Signals, Any]) -> None:
+    for number, handler in handlers.items():
+        # One that was not set from Python is told as None, and cannot be set again.
+        signal.signal(number, signal.SIG_DFL if handler is None else handler)

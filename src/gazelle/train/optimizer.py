@@ -3,7 +3,8 @@
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gazelle.base.errors import OptionError
 from gazelle.engine.flat import FlatParameters
@@ -76,6 +77,16 @@ def flatten(groups: Iterable[dict[str, Any]]) -> tuple[list[FlatParameters], lis
     groups = list(groups)
     flats = [FlatParameters(group["params"]) for group in groups]
     return flats, [group | {"params": [flat.values]} for group, flat in zip(groups, flats, strict=True)]
+
+
+def clip_finite(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
+    """As `torch.nn.utils.clip_grad_norm_`, but gradients whose norm is no number stay as they are: one can still see
+    which of them are not finite, without having looked at all of them before.
+    """
+    parameters = list(parameters)
+    norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+    nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.where(norm.isfinite(), norm, 0.0))
+    return norm
 
 
 class HeldGradients:

@@ -194,7 +194,8 @@ class Window(TrainerCallback):
                 failure = error.with_traceback(None)
 
 
-def plan_run(model: Any, rows: Encoded, config: SFTConfig, *, packed: bool) -> RunPlan | None:
+def plan_run(model: Any, rows: Encoded, config: SFTConfig, *, packed: bool,
+             largest: tuple[int, int] | None = None) -> RunPlan | None:
     """The plan for a model that runs on the engine, or None for one that does not.
 
     Args:
@@ -202,6 +203,7 @@ def plan_run(model: Any, rows: Encoded, config: SFTConfig, *, packed: bool) -> R
         rows: what it is to be trained on.
         config: the run's settings.
         packed: rows lie end to end, and only labelled tokens reach the head.
+        largest: as from `largest_batch`, where batches are made otherwise.
 
     Raises:
         OptionError: the budget is too small, or fits no plan of the kind that was asked for.
@@ -210,7 +212,7 @@ def plan_run(model: Any, rows: Encoded, config: SFTConfig, *, packed: bool) -> R
         if config.memory_budget is not None:
             say_once("memory_budget has no effect: there is a plan only for models that run on the engine")
         return None
-    tokens, labelled = largest_batch(rows, config, packed=packed)
+    tokens, labelled = largest or largest_batch(rows, config, packed=packed)
     batch = Batch(tokens, labelled, min(tokens, config.max_length or tokens, max(map(_length, rows.examples))))
     made = plan_outline(model, batch, unwrap(model).device, optim=optimizer_name(config),
                         precision=config.precision, budget=config.memory_budget,

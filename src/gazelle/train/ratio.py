@@ -21,8 +21,8 @@ class Ratio:
 
     Attributes:
         share: from 0 to 1; of all layers.
-        excluded: names or numbers of modules. Those that are no decoder layers, such as "lm_head", are never made
-            again anyway.
+        excluded: names or numbers of modules; a part of a layer stands for the layer. Those outside of decoder layers,
+            such as "lm_head", are never made again anyway.
     """
 
     share: float
@@ -102,5 +102,5 @@ def _with_at_least(count: int, outline: Outline, batch: Batch) -> Plan:
 
 
 def _excluded(number: int, ratio: Ratio) -> bool:
-    return any(entry == number or (isinstance(entry, str) and entry.endswith(f"layers.{number}"))
+    return any(entry == number or (isinstance(entry, str) and f".layers.{number}." in f".{entry}.")
                for entry in ratio.excluded)

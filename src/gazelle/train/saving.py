@@ -24,7 +24,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy
 
 from gazelle.adapters.unwrap import adapter_state
-from gazelle.base.errors import OptionError, OutputError
+from gazelle.base.errors import OptionError
 from gazelle.base.log import logger
 from gazelle.train.checkpoint import (
     SLACK,
@@ -50,7 +50,7 @@ class Checkpoints(TrainerCallback):
 
     Attributes:
         resumed: the checkpoint that the run goes on from.
-        written: the last one that it wrote.
+        written: the last one that it wrote since.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -72,10 +72,14 @@ class Checkpoints(TrainerCallback):
             check_adapter(found, self.trainer.model)
             return found
 
-        self.resumed = self._first_alone(look)
+        self.resumed, self.written = self.first_alone(look), None
         if self.resumed is not None and is_foreign(self.resumed):
             logger.warning("%s was written by transformers: it has no manifest to verify it by.", self.resumed)
         return self.resumed
+
+    def back(self) -> Path | None:
+        """The run's last checkpoint that is sound, once more to go on from."""
+        return self.find(True if self.written is not None else self.resumed)
 
     def save(self, trial: Any) -> None:
         """Write `checkpoint-N` and delete the oldest beyond `save_total_limit`.
@@ -102,7 +106,7 @@ class Checkpoints(TrainerCallback):
                 state.save_to_json(str(staging / "trainer_state.json"))
             rotate(folder, args.save_total_limit, [target] if best is None else [target, best])
 
-        self._first_alone(write)
+        self.first_alone(write)
         self.written = target
         if args.push_to_hub:
             trainer._push_from_checkpoint(str(target))
@@ -292,7 +296,7 @@ class Checkpoints(TrainerCallback):
         dist.all_gather_object(everyone, mine)
         return everyone
 
-    def _first_alone(self, work: Any) -> Any:
+    def first_alone(self, work: Any) -> Any:
         """What the first process makes of `work`, its error included, in all of them."""
         if self.trainer.args.world_size == 1:
             return work()
@@ -300,7 +304,7 @@ class Checkpoints(TrainerCallback):
         if self.trainer.args.should_save:
             try:
                 outcome[0] = work()
-            except (OptionError, OutputError) as error:
+            except Exception as error:  # noqa: BLE001 — raised below, here and in the others, which would wait
                 outcome[1] = error
         dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:

@@ -90,8 +90,8 @@ class Spikes(TrainerCallback):
         self._loss = self._loss + loss
 
     def before_clipping(self, model: Any) -> None:
-        """Clipping by a norm that is no number makes all gradients so: see which are, unless it is known to wait."""
-        if not self.late and not self.flat():
+        """Where clipping by a norm that is no number makes all gradients so: see which are, unless nobody waits."""
+        if not self.late:
             self.look(model)
 
     def look(self, model: Any) -> None:
@@ -150,7 +150,10 @@ class Spikes(TrainerCallback):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """From a checkpoint. What came after it, before rolling back to it, stays counted."""
         self.losses, self.norms = deque(state["losses"], WINDOW), deque(state["norms"], WINDOW)
-        self.in_a_row, self._unheard = state["in_a_row"], state["unheard"]
+        self.in_a_row = state["in_a_row"]
+        self._unheard = state["unheard"]
+        if self._unheard is not None and self._unheard[0] <= self.leave_out:
+            self._unheard = None  # it has been heard: it is why the run went back
         if not self.leave_out:
             self.counts, self.last, self.leave_out = dict(state["counts"]), state["last"], state["leave_out"]
 

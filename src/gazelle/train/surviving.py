@@ -1,6 +1,7 @@
 """`SurvivingTrainer`: transformers' trainer with checkpoints that are whole or not there, and an end that can wait."""
 
 import contextlib
+import signal
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -43,11 +44,13 @@ class SurvivingTrainer(Trainer):
             OptionError: no checkpoint to go on from is sound.
         """
         folder = Path(str(self.args.output_dir))
-        if resume is True and not folder.exists():
-            find_checkpoint(True, str(folder))  # says so before the lock makes the folder
         with contextlib.ExitStack() as stack:
-            if self.is_world_process_zero():
+            def take() -> None:
+                if resume is True and not folder.exists():
+                    find_checkpoint(True, str(folder))  # says so before the lock makes the folder
                 stack.enter_context(folder_lock(folder))
+
+            self._checkpoints.first_alone(take)
             yield self._checkpoints.find(resume)
 
     def train_on(self, resume: Path | None, **kwargs: Any) -> Any:
@@ -65,9 +68,11 @@ class SurvivingTrainer(Trainer):
                     result = super().train(None if resume is None else str(resume), **kwargs)
                     break
                 except RollBack:
-                    resume = self._checkpoints.find(True)
+                    resume = self._checkpoints.back()
                 self.rolled_back()
-        if self._interruption.caught is not None:
+        if self._interruption.caught is not None and not self._interruption.stopping:
+            signal.raise_signal(self._interruption.caught)  # too late to stop anything here: as it would be without us
+        elif self._interruption.caught is not None:
             logger.warning("Stopped at step %d of %d, saved in %s. To go on: trainer.train(resume_from_checkpoint=True)"
                            " or gazelle train RECIPE --resume.", self.state.global_step, self.state.max_steps,
                            self._checkpoints.written)
@@ -108,7 +113,7 @@ class SurvivingTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         best = Path(str(self.state.best_model_checkpoint))
-        if self._interruption.caught is not None:
+        if self._interruption.stopping:
             return
         if reason := fault(best):
             logger.warning("The best model is not loaded, as %s is damaged: %s. The last weights stay.", best, reason)

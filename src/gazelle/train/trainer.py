@@ -12,12 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -37,7 +32,7 @@ from gazelle.train.dataset import Bins, Collator, DictRows, rows_as_dataset
 from gazelle.train.facts import run_facts
 from gazelle.train.loss import batch_loss, loss_sums
 from gazelle.train.memory import choose_checkpointing
-from gazelle.train.optimizer import can_flatten, flatten, grouped, learning_rates
+from gazelle.train.optimizer import can_flatten, clip_finite, flatten, grouped, learning_rates
 from gazelle.train.plan import RunPlan, Window, plan_run
 from gazelle.train.prepare import Prepared, encode_rows, prepare
 from gazelle.train.progress import Progress
@@ -357,18 +352,19 @@ class SFTTrainer(Pushes, SurvivingTrainer):
         return 6 * inputs["input_ids"].numel() * self._weights
 
     def _clip_grad_norm(self, model: torch.nn.Module) -> Any:
-        self._spikes.before_clipping(model)
-        flat = self._held.flats and self.accelerator.scaler is None
-        self._spikes.norm = clip_(self._held.flats, self.args.max_grad_norm) if flat else super()._clip_grad_norm(model)
+        self._spikes.norm = self._clip(model, self.args.max_grad_norm, super()._clip_grad_norm)
         return self._spikes.norm
 
     def _get_grad_norm(self, model: torch.nn.Module, grad_norm: Any = None) -> Any:
         if grad_norm is None:
-            self._spikes.before_clipping(model)
-            if self._held.flats and self.accelerator.scaler is None:
-                grad_norm = clip_(self._held.flats, float("inf"))
-            self._spikes.norm = grad_norm = super()._get_grad_norm(model, grad_norm)
+            self._spikes.norm = grad_norm = self._clip(model, float("inf"), super()._get_grad_norm)
         return grad_norm
+
+    def _clip(self, model: torch.nn.Module, most: float, otherwise: Callable[[torch.nn.Module], Any]) -> Any:
+        if self.accelerator.scaler is not None or self.accelerator.distributed_type != "NO":
+            self._spikes.before_clipping(model)
+            return otherwise(model)
+        return clip_(self._held.flats, most) if self._held.flats else clip_finite(model.parameters(), most)
 
     def _drop_step(self) -> None:
         """Memory ran out: let go of gradients and of graphs with their activations, and count its tokens anew."""

@@ -7,7 +7,9 @@ import numpy as np
 
 from gazelle.base.errors import OptionError
 from gazelle.base.log import logger, say_once
+from gazelle.data.encode import Example
 from gazelle.train.dataset import Bins
+from gazelle.train.plan import plan_run
 
 if TYPE_CHECKING:
     from gazelle.train.trainer import SFTTrainer
@@ -35,6 +37,15 @@ def token_batches(lengths: Sequence[int], budget: int, most: int, *, padded: boo
     return batches
 
 
+def largest_of(bins: Sequence[Sequence[Example]], *, packed: bool) -> tuple[int, int]:
+    """Tokens, and tokens that reach the head, of the largest of these batches."""
+    if not packed:
+        tokens = max(len(rows) * max(len(row.input_ids) for row in rows) for rows in bins)
+        return tokens, tokens
+    return (max(sum(len(row.input_ids) for row in rows) for rows in bins),
+            max(sum(len(row.labels) - list(row.labels).count(-100) for row in rows) for rows in bins))
+
+
 def enable_dynamic_batching(trainer: "SFTTrainer", max_batch_size: int = 8, timeout: float | None = None,
                             max_tokens: int | None = None) -> None:
     """Make a trainer's batches of as many rows as a budget of tokens takes, instead of a fixed number of rows.
@@ -43,11 +54,11 @@ def enable_dynamic_batching(trainer: "SFTTrainer", max_batch_size: int = 8, time
         trainer: made, and not yet run.
         max_batch_size: rows of a batch at most.
         timeout: taken because scripts pass it; there is nothing to wait for.
-        max_tokens: of a batch; default: as many as `per_device_train_batch_size` of the longest row, which is what the
-            memory plan was made for.
+        max_tokens: of a batch; default: as many as `per_device_train_batch_size` of the longest row. The memory plan is
+            made anew for batches larger than those it was made for.
 
     Raises:
-        OptionError: rows are packed to bins, or the caller's own collator makes the batches.
+        OptionError: rows are packed to bins, the caller's own collator makes the batches, or they do not fit in memory.
     """
     for name, value in (("max_batch_size", max_batch_size), ("max_tokens", max_tokens)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -66,7 +77,14 @@ def enable_dynamic_batching(trainer: "SFTTrainer", max_batch_size: int = 8, time
     args = trainer.args
     budget = max_tokens or args.per_device_train_batch_size * max(lengths)
     batches = token_batches(lengths, budget, max_batch_size, padded=not trainer._packed, seed=args.seed)
-    trainer.train_dataset = Bins([[rows[index] for index in batch] for batch in batches])
+    bins = [[rows[index] for index in batch] for batch in batches]
+    largest = largest_of(bins, packed=trainer._packed)
+    window, encoded = trainer._window, trainer.prepared.train
+    if window is not None and encoded is not None and (
+            largest[0] > window.plan.batch.tokens or largest[1] > window.plan.batch.labelled):
+        plan = plan_run(trainer.model, encoded, args, packed=trainer._packed, largest=largest)
+        trainer.plan = window.plan = plan or window.plan
+    trainer.train_dataset = Bins(bins)
     logger.info("Dynamic batching: %d batches of up to %d tokens and %d rows, instead of %d of %d rows.", len(batches),
                 budget, max_batch_size, -(-len(rows) // args.per_device_train_batch_size),
                 args.per_device_train_batch_size)

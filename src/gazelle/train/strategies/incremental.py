@@ -105,14 +105,24 @@ class HoldOn(TrainerCallback):
 
     def __init__(self, replay: Replay, own: list[Example], model: Any) -> None:
         self.replay, self.own, self.model = replay, own, model
+        self.earlier = len(replay.rows)  # rows that come again
+        self.remembered = False
         self.before: dict[str, torch.Tensor] = {}
 
     def state_dict(self) -> dict[str, Any]:
         """The weights before the run, which a run that is resumed cannot know."""
-        return {"before": self.before}
+        return {"before": self.before, "earlier": self.earlier}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what a checkpoint holds."""
+        """Take up what a checkpoint holds.
+
+        Raises:
+            OptionError: other rows of earlier runs come again than came before.
+        """
+        if state["earlier"] != self.earlier:
+            raise OptionError("the run had other rows of earlier runs", where="enable_incremental_tuning",
+                              found=f"{self.earlier} rows", expected=f"{state['earlier']} rows",
+                              fix="pass memory= with the output folder of the run before this one")
         self.before = {name: value.to(self.model.device) for name, value in state["before"].items()}
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
@@ -132,7 +142,9 @@ class HoldOn(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Remember this run's rows; they are saved in its folder."""
-        self.replay.remember(self.own, args.seed)
+        if not self.remembered:  # a run that is stopped and taken up again ends twice
+            self.replay.remember(self.own, args.seed)
+            self.remembered = True
         if args.output_dir and state.is_world_process_zero:
             self.replay.save(Path(args.output_dir))
 
