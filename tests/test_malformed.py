@@ -141,7 +141,7 @@ CASES = [
     Case("unknown file type", ("rows.xyz",), file="rows.xyz"),
     Case("unknown format", ("alpacca", "did you mean"), overrides=("data.format=alpacca",)),
     Case("column map to nowhere", ("frage",), overrides=("data.columns={instruction: frage}",)),
-    Case("nothing to hold out", ("fraction",), overrides=("data.eval_fraction=0.1",)),
+    Case("nothing to hold out", ("eval_fraction 0.1 of 1 rows",), overrides=("data.eval_fraction=0.1",)),
     # the checkpoint
     Case("no such model", ("nowhere",), overrides=("model.name=./nowhere",)),
     Case("not a model folder", ("config.json",), prepare=break_model(lambda m: (m / "config.json").unlink())),
@@ -179,6 +179,11 @@ CASES = [
     Case("used output folder", ("--overwrite",), prepare=used_folder),
     Case("resume without a checkpoint", ("checkpoint",), overrides=("--resume",)),
 ]
+
+
+def modes(place: Path) -> set[int]:
+    files = [path for path in place.rglob("*") if path.is_file()] if place.is_dir() else [place]
+    return {path.stat().st_mode & 0o777 for path in files}
 
 
 def snapshot(folder: Path) -> dict[str, int]:
@@ -222,6 +227,7 @@ def test_the_same_recipe_without_a_mistake_trains(
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["train", "recipe.yaml"]) == 0
     assert (tmp_path / "out" / "adapter_model.safetensors").exists()
+    assert modes(tmp_path / "out") == modes(tmp_path / "rows.jsonl")
 
 
 def test_overwriting_leaves_one_run_behind(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,6 +240,7 @@ def test_overwriting_leaves_one_run_behind(checkpoint: Path, tmp_path: Path, mon
     (tmp_path / "full.yaml").write_text(yaml.safe_dump(recipe))
     assert main(["train", "full.yaml"]) == 0
     assert (tmp_path / "out/model.safetensors").exists()
+    assert modes(tmp_path / "out") == modes(tmp_path / "rows.jsonl")  # weights and checkpoints for all to read
     (tmp_path / "out/notes.txt").write_text("mine")
     (tmp_path / "lora.yaml").write_text(yaml.safe_dump(recipe | {"lora": {"r": 2}}))
     assert main(["train", "lora.yaml", "train.save_strategy=no", "--dry-run"]) == 0

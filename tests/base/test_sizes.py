@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from gazelle.base.errors import OptionError
-from gazelle.base.sizes import gigabytes, parse_bytes
+from gazelle.base.sizes import gigabytes, megabytes, parse_bytes
 
 
 @pytest.mark.parametrize(("written", "size"), [
@@ -41,6 +41,11 @@ def test_what_is_no_size_is_refused(written: Any) -> None:
 def test_the_option_is_named_as_the_user_wrote_it() -> None:
     with pytest.raises(OptionError, match=r'^--budget: (?s:.)*write --budget="12GB"'):
         parse_bytes("12", "--budget")
+
+
+def test_sizes_of_files() -> None:
+    assert [megabytes(size) for size in (0, 368, 99_999, 100_000, 269_060_552, 1_200_000_000)] == [
+        "0.0 kB", "0.4 kB", "100.0 kB", "0.1 MB", "269.1 MB", "1.2 GB"]
 
 
 def test_gigabytes() -> None:

@@ -67,3 +67,9 @@ def test_the_readme_shows_the_result_files() -> None:
 
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert f"<!-- bench:begin -->\n{speed_block()}\n<!-- bench:end -->" in readme
+
+
+def test_a_result_goes_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "--out", str(tmp_path)]) == 2
+    assert f"{tmp_path / 'bench.json'}" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]

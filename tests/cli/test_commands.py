@@ -1,5 +1,6 @@
 """The commands that need no model."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -54,6 +55,7 @@ def test_doctor_really_runs_something(capsys: pytest.CaptureFixture[str]) -> Non
     assert "packed attention  ok (forward and backward ran on" in printed
     assert "NF4 storage       ok" in printed
     assert "baseline memory" in printed
+    assert re.search(r"  compressed-tensors +(\d|not installed)", printed)
     assert "transformers" in printed
 
 

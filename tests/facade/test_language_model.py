@@ -35,6 +35,7 @@ def test_train_save_merge_and_load_elsewhere(
 
     model.save_pretrained(tmp_path / "lora")
     tokenizer.save_pretrained(tmp_path / "lora")
+    assert len({file.stat().st_mode for file in (tmp_path / "lora").iterdir()}) == 1
     model.save_pretrained_merged(str(tmp_path / "merged"), tokenizer, dtype="float32", max_shard_size="200MB")
     model.save_pretrained_merged(str(tmp_path / "bf16"), tokenizer, save_method="merged_16bit")
     model.save_pretrained_merged(str(tmp_path / "lora2"), tokenizer, save_method="lora")

@@ -128,7 +128,7 @@ def test_nothing_is_left_behind(tmp_path: Path, capsys: pytest.CaptureFixture[st
     ("from trl import DPOTrainer", "DPOTrainer", "SFTTrainer on the answers that are preferred"),
     ("from trl import SFTTrainer, DataCollatorForCompletionOnlyLM", "DataCollatorForCompletionOnlyLM",
      "train_on_responses_only"),
-    ("from unsloth import FastVisionModel", "FastVisionModel", "FastLanguageModel"),
+    ("from unsloth import FastVisionModel", "FastVisionModel", "use FastLanguageModel, for models of text alone"),
     ("from unsloth import FastLanguageModle", "FastLanguageModle", "did you mean 'FastLanguageModel'?"),
     ("import trl.trainer.dpo_trainer", "dpo_trainer", "use one of"),
 ])
@@ -156,6 +156,21 @@ def test_errors_and_exits_are_the_script_s_own(tmp_path: Path, capsys: pytest.Ca
     script.write_text("import no_such_package\n")
     assert main(["run", str(script)]) == 1
     assert "No module named 'no_such_package'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("code", "line", "found"), [
+    (b"import sys\nsizes = (\n  1, 2\n", "line 2", "'(' was never closed: sizes = ("),
+    (b"print('ran')\nfor x in y\n  pass\n", "line 2", "expected ':'"),
+    (b"print('caf\xe9')\n", "line 1", "utf-8"),
+])
+def test_a_script_that_is_no_python(code: bytes, line: str, found: str, tmp_path: Path,
+                                    capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "script.py"
+    script.write_bytes(code)
+    assert main(["run", str(script)]) == 2
+    said = capsys.readouterr()
+    assert f"{script}, {line}: the script is not valid Python" in said.err and found in said.err
+    assert "Traceback" not in said.err and not said.out
 
 
 def test_mistakes_in_the_command(

@@ -118,6 +118,12 @@ def write_text(path: Path, text: str) -> None:
         staging.write_text(text, encoding="utf-8")
 
 
+def make_readable(*files: Path) -> None:
+    """Give files the mode of ordinary new ones: safetensors makes its files private, whatever the umask."""
+    for file in files:
+        file.chmod(0o666 & ~_umask())
+
+
 def sync_folder(folder: Path) -> None:
     """Bring a folder's names to the disk; its files have to be synced by themselves."""
     if os.name == "nt":

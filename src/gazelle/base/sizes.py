@@ -34,5 +34,7 @@ def gigabytes(size: float) -> str:
 
 
 def megabytes(size: float) -> str:
-    """Bytes as "12.3 MB", from a gigabyte on as "12.3 GB"."""
-    return gigabytes(size) if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+    """Bytes as "12.3 MB", from a gigabyte on as "12.3 GB", and below 100 kB as "12.3 kB"."""
+    if size < 1e5:
+        return f"{size / 1e3:.1f} kB"
+    return gigabytes(size) if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -30,7 +30,7 @@ def train(
     overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value, put over the recipe.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the data, print its report and stop.")] = False,
     print_recipe: Annotated[
-        bool, typer.Option("--print-recipe", help="Print the whole recipe, defaults included, and stop.")
+        bool, typer.Option("--print-recipe", help="Print the recipe with overrides and defaults, those of train apart.")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Use a folder that holds an earlier run.")] = False,

@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 from gazelle.base.device import default_device
+from gazelle.base.errors import OutputError
 from gazelle.base.files import check_writable, write_text
 from gazelle.base.log import log_to_terminal
 from gazelle.base.machine import machine_facts
@@ -69,6 +70,9 @@ def bench_command(rows: int, steps: int, out: Path | None, *, as_json: bool) -> 
     log_to_terminal()
     if out is not None:
         check_writable(out.parent)
+        if out.is_dir():
+            raise OutputError("the result is one file", where=f"--out {out}", found="a folder", expected="a JSON file",
+                              fix=f"write --out {out / 'bench.json'}")
     result = measure(rows, steps)
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -40,10 +40,11 @@ def doctor_command() -> None:
     console.print(f"  {'baseline memory':<18}{memory_in_use(device) / 1e9:.2f} GB in use by this process on {device}",
                   highlight=False, soft_wrap=True)
     console.print("\n[bold]optional parts[/]")
+    width = max(18, *(len(distribution) + 2 for distribution, *_ in OPTIONAL.values()))
     for module, (distribution, purpose, command) in OPTIONAL.items():
         installed = version(module)
-        console.print(f"  {distribution:<18}{installed or 'not installed'} · {purpose}"
-                      + ("" if installed else f"\n{'':<20}{command}"), markup=False, highlight=False,
+        console.print(f"  {distribution:<{width}}{installed or 'not installed'} · {purpose}"
+                      + ("" if installed else f"\n{'':<{width + 2}}{command}"), markup=False, highlight=False,
                       soft_wrap=True)
 
 

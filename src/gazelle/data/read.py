@@ -47,8 +47,9 @@ class Rows(Sequence[Row]):
         count = round(len(self) * fraction)
         if not 0 < count < len(self):
             raise DataError("a fraction to hold out leaves nothing on one side", where=self.source,
-                            found=f"{fraction} of {len(self)} rows", expected="at least one row on each side",
-                            fix="choose another fraction, or add rows")
+                            found=f"eval_fraction {fraction} of {len(self)} rows",
+                            expected="at least one row on each side",
+                            fix="choose another eval_fraction (0 holds out nothing), or add rows")
         held = {int(index) for index in np.random.default_rng(seed).permutation(len(self))[:count]}
         kept = [row for index, row in enumerate(self.items) if index not in held]
         return Rows(kept, self.source), Rows([self.items[index] for index in sorted(held)], self.source)

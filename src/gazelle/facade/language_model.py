@@ -1,12 +1,14 @@
 """`FastLanguageModel`: the calls people type, bound to a model object."""
 
 import types
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gazelle.adapters.lora import add_lora
 from gazelle.adapters.tokens import resize_token_embeddings
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError, nearest
+from gazelle.base.files import make_readable
 from gazelle.base.log import log_to_terminal, say_once
 from gazelle.facade.hub import push_to_hub, push_to_hub_gguf, push_to_hub_merged
 from gazelle.facade.saving import loaded_tokenizer, save_checkpoint
@@ -18,8 +20,6 @@ from gazelle.train.ratio import set_ratio
 from gazelle.train.strategies.incremental import Replay
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     import torch
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -264,6 +264,7 @@ def _save_pretrained(self: "PreTrainedModel", save_directory: str, *args: Any, s
         record_base(self, save_directory)
     else:
         type(self).save_pretrained(self, save_directory, *args, **options)
+    make_readable(*Path(save_directory).glob("*.safetensors"))
 
 
 def _save_pretrained_gguf(

@@ -87,7 +87,9 @@ def _download(name: str, revision: str | None, token: str | None, patterns: list
                                       local_files_only=local_files_only))
     except tuple(problems) as error:
         what, fix = next(problems[kind] for kind in problems if isinstance(error, kind))
-        raise ModelError(what, where=name, found=str(error),
+        # What huggingface_hub says of a hub it cannot reach is a paragraph that begins in the middle.
+        unreached = isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__
+        raise ModelError(what, where=name, found=str(unreached or error),
                          expected="a model folder, a .gguf file, or a hub name such as org/name", fix=fix) from error
 
 

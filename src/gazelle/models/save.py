@@ -14,7 +14,7 @@ from torch import Tensor
 from gazelle.adapters.merge import merged_tensors
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError, OptionError, OutputError, nearest
-from gazelle.base.files import check_writable, free_bytes, staged_folder
+from gazelle.base.files import check_writable, free_bytes, make_readable, staged_folder
 from gazelle.models.card import is_empty_form, is_untouched
 from gazelle.models.plain import inner_linears, plain_model
 from gazelle.models.record import RECORD, record_base
@@ -252,8 +252,7 @@ def _save_adapter(model: Any, tokenizer: "PreTrainedTokenizerBase | None", targe
     with staged_folder(target) as staging:
         # New tokens are in the adapter row by row; PEFT would ask the hub whether to write whole embeddings besides.
         model.save_pretrained(str(staging), save_embedding_layers=False)
-        mode = (staging / "adapter_config.json").stat().st_mode
-        (staging / "adapter_model.safetensors").chmod(mode)  # safetensors makes its files private, whatever the umask
+        make_readable(staging / "adapter_model.safetensors")
         record_base(model, staging)
         if tokenizer is not None:
             tokenizer.save_pretrained(staging)

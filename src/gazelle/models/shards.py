@@ -7,6 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gazelle.base.files import make_readable
+
 
 class ShardWriter:
     """Collects tensors up to `limit` bytes, writes them, and lets go of them. `close` gives the files their names."""
@@ -43,14 +45,12 @@ class ShardWriter:
         from safetensors.torch import save_file
 
         path = self.folder / f"shard-{len(self._files)}"
-        path.touch()
-        mode = path.stat().st_mode
         try:
             save_file(self._shard, path, metadata={"format": "pt"})
         except SafetensorError as error:
             if found := re.search(r"\(os error (\d+)\)", str(error)):  # so that a full disk is told as such
                 raise OSError(int(found[1]), os.strerror(int(found[1])), str(path)) from error
             raise
-        path.chmod(mode)  # safetensors makes its files private, whatever the umask
+        make_readable(path)
         self._files.append((path, list(self._shard)))
         self._shard, self._size = {}, 0

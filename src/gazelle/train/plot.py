@@ -18,7 +18,7 @@ def curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[str, list[floa
         return label, [entry["step"] for entry in entries], [entry[key] for entry in entries]
 
     def label(name: str) -> str:
-        return "evaluation " + name.removeprefix("eval_").removesuffix("loss").strip("_")
+        return f"evaluation {name.removeprefix('eval_').removesuffix('loss').strip('_')}".rstrip()
 
     evaluations = sorted({name for entry in metrics for name in entry if is_eval_loss(name)})
     panels = {
@@ -43,13 +43,13 @@ def _figure(title: str, lines: list[tuple[str, list[float], list[float]]], size:
                   markersize=3.5)
     axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_xlabel("optimizer step", color=INK)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)
     if title != "Learning rate":
         axes.set_ylim(bottom=0)
-    if len(lines) > 1:
+    if len(lines) > 1 or title == "Loss":  # of which loss a lone line is
         axes.legend(frameon=False)
     return figure
 

@@ -7,6 +7,7 @@
     output_dir: out
 """
 
+import dataclasses
 import types
 import typing
 from collections.abc import Sequence
@@ -107,7 +108,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         OptionError: naming file and key, what was found and what is accepted.
     """
     if not path.is_file():
-        raise OptionError("no such recipe", where=str(path), found="no file", expected="a YAML file",
+        raise OptionError("no such recipe", where=str(path),
+                          found="a folder" if path.is_dir() else "nothing", expected="a YAML file",
                           fix="run `gazelle recipes` to see those that come with gazelle")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -144,7 +146,7 @@ def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
     except OptionError as error:
         key = "train" if " " in error.found else f"train.{error.found}"
         raise OptionError(error.what, where=f"{where}, {key}", found=error.found, expected=error.expected,
-                          fix=error.fix) from error
+                          fix=_elsewhere(error.found) or error.fix) from error
     if reserved := sorted(recipe.train.keys() & {"output_dir", "system", "train_on", "chat_template", "columns",
                                                  "data_format"}):
         raise OptionError("this option stands elsewhere in a recipe", where=f"{where}, train.{reserved[0]}",
@@ -203,6 +205,16 @@ def _typed(value: Any, hint: Any, where: str) -> Any:
                           fix="correct the value") from error
 
 
+def _elsewhere(name: str) -> str:
+    """A hint to the section in which an option of this name stands; empty if there is none."""
+    if name == "output_dir":
+        return "write output_dir at the top level"
+    homes = {section: kind.model_fields.keys()
+             for section, kind in (("model", ModelSection), ("lora", LoraSection), ("data", DataSection))}
+    homes["train"] = {option.name: option for option in dataclasses.fields(SFTConfig) if option.init}.keys()
+    return next((f"write {section}.{name}" for section, names in homes.items() if name in names), "")
+
+
 def _readable(error: pydantic.ValidationError, where: str) -> OptionError:
     """The first complaint of pydantic in our words."""
     first = error.errors()[0]
@@ -214,7 +226,8 @@ def _readable(error: pydantic.ValidationError, where: str) -> OptionError:
             section = next(kind for kind in (*typing.get_args(section.model_fields[part].annotation),
                                              section.model_fields[part].annotation) if hasattr(kind, "model_fields"))
         return OptionError("no such recipe key", where=f"{where}, {key}", found=path[-1],
-                           expected=", ".join(section.model_fields), fix=nearest(path[-1], section.model_fields))
+                           expected=", ".join(section.model_fields),
+                           fix=_elsewhere(path[-1]) or nearest(path[-1], section.model_fields))
     if first["type"] == "missing":
         return OptionError("a recipe key is missing", where=f"{where}, {key}", found="nothing", expected=f"{key}: …",
                            fix="start from a recipe that `gazelle recipes` shows")

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gazelle.base.files import make_readable
+
 
 def write_state(stem: Path, state: Any) -> None:
     """Write `state` to `stem`.json, and the tensors in it, if any, to `stem`.safetensors.
@@ -23,7 +25,9 @@ def write_state(stem: Path, state: Any) -> None:
     tensors: dict[str, Tensor] = {}
     tree = _plain(state, tensors, stem.name, set())
     if tensors:
-        save_file(tensors, stem.with_name(stem.name + ".safetensors"))
+        path = stem.with_name(stem.name + ".safetensors")
+        save_file(tensors, path)
+        make_readable(path)
     stem.with_name(stem.name + ".json").write_text(json.dumps(tree), encoding="utf-8")
 
 

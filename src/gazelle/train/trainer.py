@@ -19,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from gazelle.adapters.config import add_adapter
 from gazelle.base.device import memory_in_use, peak_memory
 from gazelle.base.errors import OptionError
-from gazelle.base.files import check_writable
+from gazelle.base.files import check_writable, make_readable
 from gazelle.base.log import say_once
 from gazelle.engine.flat import clip_
 from gazelle.models.load import load_model
@@ -231,6 +231,7 @@ class SFTTrainer(Pushes, SurvivingTrainer):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if self.args.should_save and folder.exists():
             record_base(self.model, folder)
+            make_readable(*folder.glob("*.safetensors"))
 
     optimizer: Any
 

@@ -50,8 +50,8 @@ MODULES: dict[str, dict[str, str]] = {
 }
 ROOTS = tuple(name for name in MODULES if "." not in name)
 
-_PREFERENCES = "supervised fine-tuning is there: SFTTrainer on the answers that are preferred"
-_VISION = "language models are there: FastLanguageModel"
+_PREFERENCES = "supervised fine-tuning: SFTTrainer on the answers that are preferred"
+_VISION = "FastLanguageModel, for models of text alone"
 _HEADERS = 'train_on_responses_only(trainer, instruction_part="…", response_part="…"), or rows with turns'
 _PACKING = "SFTTrainer(packing=True)"
 # Names that are known and not there -> what to use instead.
@@ -72,5 +72,5 @@ INSTEAD = {
                     "a recipe and `gazelle train`, or FastLanguageModel.from_pretrained and get_peft_model"),
     "CHAT_TEMPLATES": "get_chat_template(tokenizer, name)",
     "RawTextDataLoader": "SFTTrainer on the text file itself: it is cut without losing a token",
-    "FastSentenceTransformer": "no embedding models: FastLanguageModel",
+    "FastSentenceTransformer": "FastLanguageModel: embedding models are not trained here",
 }

@@ -4,6 +4,7 @@ import contextlib
 import runpy
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -47,7 +48,8 @@ def run_script(script: Path, arguments: Sequence[str] = (), models: Mapping[str,
         datasets: hub name -> file or folder that stands in for it.
 
     Raises:
-        UserError: no such script, a stand-in that is not there, or a name that the script imports and gazelle lacks.
+        UserError: no such script, one that is not Python, a stand-in that is not there, or a name that the script
+            imports and gazelle lacks.
     """
     models, datasets = models or {}, datasets or {}
     if not script.is_file() or script.suffix != ".py":
@@ -55,6 +57,7 @@ def run_script(script: Path, arguments: Sequence[str] = (), models: Mapping[str,
                           found="a file of another kind" if script.exists() else "nothing", expected="a .py file",
                           fix="export the notebook: jupyter nbconvert --to script notebook.ipynb"
                           if script.suffix == ".ipynb" else "check the path")
+    _check_syntax(script)
     check_models(models)
     check_datasets(datasets)
     with _as_program(script, arguments), standing_in(), models_standing_in(models) as models_used, \
@@ -74,6 +77,17 @@ def run_script(script: Path, arguments: Sequence[str] = (), models: Mapping[str,
     for name in sorted({*models, *datasets} - models_used - datasets_used):
         logger.warning("%s was never asked for by the script; the names must be written as they are there.", name)
     return 0
+
+
+def _check_syntax(script: Path) -> None:
+    try:
+        with warnings.catch_warnings(action="ignore"):  # those are the run's to give
+            compile(script.read_bytes(), str(script), "exec", dont_inherit=True)
+    except SyntaxError as error:
+        line = f", line {error.lineno}" if error.lineno else ""
+        raise OptionError("the script is not valid Python", where=f"{script}{line}", expected="a Python program",
+                          found=f"{error.msg}: {error.text.strip()}" if error.text else error.msg,
+                          fix="correct that line") from error
 
 
 @contextlib.contextmanager
