@@ -67,3 +67,12 @@ def test_other_adapters_are_refused(tiny):
     model = peft.get_peft_model(tiny(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     with pytest.raises(ModelError, match="cannot be merged"):
         list(merged_tensors(model))
+
+
+def test_gradients_are_not_switched_off_meanwhile(tiny):
+    """Nor for good by a walk that somebody broke off and holds on to."""
+    model = add_lora(tiny())
+    walk = merged_tensors(model)
+    _, tensor = next(walk)
+    assert torch.is_grad_enabled() and not tensor.requires_grad
+    assert not any(tensor.requires_grad for _, tensor in walk)

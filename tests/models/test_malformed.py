@@ -138,7 +138,7 @@ def test_folder_of_a_gguf_file_says_which(tmp_path):
 @pytest.fixture
 def adapter(checkpoint, tmp_path):
     model, tokenizer = load_model(str(checkpoint), load_in_4bit=False)
-    return save_merged(add_lora(model), tokenizer, tmp_path / "adapter", save_method="lora")
+    return save_merged(add_lora(model), tokenizer, tmp_path / "adapter", save_method="lora").folder
 
 
 def other_base(adapter, tiny, tiny_tokenizer, **options):

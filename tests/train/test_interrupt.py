@@ -37,8 +37,8 @@ class SignalAt(TrainerCallback):
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step + 1 == self.step:
             self.handlers = signal.getsignal(signal.SIGINT)
-            for number in self.numbers:
-                os.kill(os.getpid(), number)
+            for number in self.numbers:  # one after another: of two at once only one might arrive
+                signal.raise_signal(number)
 
 
 def handlers() -> list[Any]:

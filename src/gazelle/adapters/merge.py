@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from peft.tuners.lora import LoraLayer
 
 
+@torch.no_grad()  # of a generator: while it runs, and not while it waits, or is never asked again
 def merged_tensors(model: nn.Module, only: Container[str] | None = None) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) for each weight and persistent buffer of the plain model inside `model`, merged and dequantised.
 
@@ -30,9 +31,7 @@ def merged_tensors(model: nn.Module, only: Container[str] | None = None) -> Iter
     Raises:
         ModelError: an adapter of a kind that cannot be merged.
     """
-    base = unwrap(model)
-    with torch.no_grad():
-        yield from _walk(base, "", only)
+    yield from _walk(unwrap(model), "", only)
 
 
 def _walk(module: nn.Module, path: str, only: Container[str] | None) -> Iterator[tuple[str, Tensor]]:
