@@ -209,9 +209,9 @@ def _elsewhere(name: str) -> str:
     """A hint to the section in which an option of this name stands; empty if there is none."""
     if name == "output_dir":
         return "write output_dir at the top level"
-    homes = {section: kind.model_fields.keys()
+    homes = {section: set(kind.model_fields)
              for section, kind in (("model", ModelSection), ("lora", LoraSection), ("data", DataSection))}
-    homes["train"] = {option.name: option for option in dataclasses.fields(SFTConfig) if option.init}.keys()
+    homes["train"] = {option.name for option in dataclasses.fields(SFTConfig) if option.init}
     return next((f"write {section}.{name}" for section, names in homes.items() if name in names), "")
 
 
