@@ -23,7 +23,7 @@ from gazelle.models.gguf_file import read_gguf
 _NO_LLAMA = "not verified: llama.cpp is not installed; name the folder of an unpacked release with --llama"
 _NO_ORT = "not verified: onnxruntime is not installed; pip install gazelle[onnx]"
 _WORSE = 1.5  # no way of quantising that is of use raises the perplexity so much
-_OTHERWISE = 1.05  # and rounding to 16 bits moves it far less; an adapter that is left out may move it but little more
+_OTHERWISE = 1.1  # rounding to 16 bits moves it far less: of a model of 135M, in bfloat16, by 6 % on one short text
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,11 @@ def compare(probe: Probe, reference: Reference, given: dict[str, Any],
                         values={"same": int(np.sum(same)), "of": len(same)}))
     checks.append(_logits(reference.logits, logits, ours, theirs))
     before, after = (float(np.exp(-side.mean())) for side in (ours, theirs))
-    right = before / _OTHERWISE < after < before * _OTHERWISE if whole else after < before * _WORSE
-    checks.append(Check("perplexity", f"{before:.3f} → {after:.3f}", ok=right,
+    moved = theirs - ours
+    # Of a few tokens rounding alone moves the mean: three standard errors of it are chance.
+    chance = 3 * moved.std() / np.sqrt(len(moved))
+    right = abs(moved.mean()) < max(np.log(_OTHERWISE), chance) if whole else after < before * _WORSE
+    checks.append(Check("perplexity", f"{before:.3f} → {after:.3f}", ok=bool(right),
                         values={"in_memory": before, "export": after, "tokens": len(ours)}))
     return checks
 
