@@ -92,7 +92,10 @@ def test_formats_of_one_model_in_one_call(run, capsys):
         assert checks["error of logits"]["values"]["largest"] < (1e-3 if consumer == "onnxruntime" else 6e-2), name
     card = ModelCard.load(run.parent / "run-ollama" / "README.md")
     assert card.data.library_name == "gguf" and "| optimizer steps | 3 |" in card.text
-    assert (run.parent / "run-ollama" / "Modelfile").exists()
+    assert (run.parent / "run-ollama" / "Modelfile").exists() and "ollama create run-ollama -f Modelfile" in card.text
+    card = ModelCard.load(run.parent / "run-gguf-lora" / "README.md")
+    assert card.data.library_name == "gguf" and "lora" in card.data.tags
+    assert "llama-cli -m base-model.gguf --lora adapter.gguf" in card.text and "A LoRA adapter as GGUF" in card.text
     assert list(run.parent.glob("**/.*")) == []
 
 

@@ -24,10 +24,11 @@ _WHAT = {
     "peft": "A LoRA adapter, trained with [gazelle](https://pypi.org/project/gazelle).",
     "transformers": "A fine-tuned model, merged into one checkpoint.",
     "gguf": "A fine-tuned model as GGUF, for llama.cpp, Ollama, LM Studio and all that build on them.",
+    "gguf-lora": "A LoRA adapter as GGUF, which llama.cpp and what builds on it put onto the base model.",
     "vllm": "A fine-tuned model in the format that vLLM serves.",
     "onnx": "A fine-tuned model as ONNX, with a cache of keys and values.",
 }
-_RELATION = {"peft": "adapter", "transformers": "finetune"}
+_RELATION = {"peft": "adapter", "gguf-lora": "adapter", "transformers": "finetune"}
 
 
 def write_card(folder: Path, model: Any, *, library: str, files: list[Path], run_folder: Path | None = None) -> None:
@@ -79,18 +80,19 @@ def card_text(model: Any, *, library: str, files: list[Path], title: str, run_fo
         name = original
     on_hub = bool(name) and not Path(name).exists() and re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) is not None
     licence = _licence(name, on_hub, token)
+    kind = "gguf-lora" if library == "gguf" and any(map(_is_gguf_adapter, files)) else library
     metadata: dict[str, Any] = {
         "base_model": name if on_hub else None, "library_name": library, "pipeline_tag": "text-generation",
-        "tags": ["gazelle", base.config.model_type, *(["lora"] if library == "peft" else []),
+        "tags": ["gazelle", base.config.model_type, *(["lora"] if kind in ("peft", "gguf-lora") else []),
                  *(["gguf"] if library == "gguf" else [])]} | licence
     if on_hub:
-        metadata["base_model_relation"] = _RELATION.get(library, "quantized")
+        metadata["base_model_relation"] = _RELATION.get(kind, "quantized")
     data = ModelCardData(**metadata)
     run = getattr(model, "gazelle_run", None) or {}
     shown = name if on_hub else Path(name).name or type(base).__name__
-    use, language = _use(library, repository or title, files)
+    use, language = _use(kind, repository or title, files)
     card = ModelCard.from_template(
-        data, template_path=str(Path(__file__).with_name("card.md.jinja")), title=title, what=_WHAT[library],
+        data, template_path=str(Path(__file__).with_name("card.md.jinja")), title=title, what=_WHAT[kind],
         base_shown=f"[{shown}](https://huggingface.co/{shown})" if on_hub else shown,
         licence_shown=licence.get("license_name") or licence.get("license") or "", facts=run.get("facts", []),
         files=[(path.name, megabytes(path.stat().st_size)) for path in files if path.suffix in (
@@ -158,8 +160,17 @@ def _scores(folder: Path | None) -> list[tuple[str, str, str]]:
             for name, counts in groups.items() if {"before", "after"} <= counts.keys()]
 
 
+def _is_gguf_adapter(file: Path) -> bool:
+    return file.suffix == ".gguf" and file.is_file() and read_gguf(file).metadata.get("general.type") == "adapter"
+
+
 def _use(library: str, name: str, files: list[Path]) -> tuple[str, str]:
     """Lines that load it, and their language."""
+    if library == "gguf-lora":
+        return f"llama-cli -m base-model.gguf --lora {files[0].name} -cnv", "bash"
+    if library == "gguf" and any(path.name == "Modelfile" for path in files):
+        model = name.rpartition("/")[2].lower()
+        return f"ollama create {model} -f Modelfile\nollama run {model}", "bash"
     if library == "gguf":
         one = next((path.name for path in files if path.suffix == ".gguf"), "model.gguf")
         return f"llama-cli -m {one} -cnv", "bash"
