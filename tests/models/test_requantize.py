@@ -3,6 +3,7 @@
 import pytest
 import torch
 from bitsandbytes import functional
+from tests.models.test_save import IDS, logits, shaken
 from transformers import AutoModelForCausalLM
 
 from gazelle import FastLanguageModel
@@ -15,26 +16,10 @@ from gazelle.models.save import save_merged
 from gazelle.models.swap import accelerate
 from gazelle.quantize.bnb import forbid_repacking
 
-IDS = torch.tensor([[5, 9, 7, 200, 31]])
-
 
 @pytest.fixture(autouse=True)
 def few_threads(one_thread):
     """For every test here."""
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(IDS).logits
-
-
-def shaken(model):
-    torch.manual_seed(3)
-    with torch.no_grad():
-        for weight in model.parameters():
-            if weight.requires_grad:
-                weight.add_(torch.randn_like(weight) * 0.05)
-    return model.eval()
 
 
 @pytest.mark.parametrize(("dtype", "options"), [("nf4", {"load_in_4bit": True}), ("int8", {"load_in_8bit": True})])
