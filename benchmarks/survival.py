@@ -107,8 +107,13 @@ def forked(child: Child, folder: Path) -> tuple[int, int]:
         os._exit(code)
 
 
-def killed(child: Child, folder: Path, inside: bool, generator: random.Random, span: float) -> dict[str, Any]:
-    """Let a child run, kill it at a random moment, and look at what is there."""
+def killed(child: Child, folder: Path, inside: bool, generator: random.Random, span: float,
+           reach: float) -> dict[str, Any]:
+    """Let a child run, kill it at a random moment, and look at what is there.
+
+    Args:
+        inside: up to `reach` seconds after it has begun a save; else within `span` / 2 seconds of its start.
+    """
     process, reader = forked(child, folder)
     os.set_blocking(reader, False)
     said, began = "", time.perf_counter()
@@ -128,7 +133,7 @@ def killed(child: Child, folder: Path, inside: bool, generator: random.Random, s
     if inside:
         while said.count(SAVING) < saves and read():
             time.sleep(0.0002)
-        time.sleep(generator.uniform(0, 0.03))
+        time.sleep(generator.uniform(0, reach))
     else:
         while time.perf_counter() - began < after and read():
             time.sleep(0.001)
@@ -158,13 +163,19 @@ def newest(folder: Path) -> Path | None:
         return find_checkpoint(True, str(folder)) if checkpoints(folder) else None
 
 
+def reach_after(reach: float, outcome: dict[str, Any]) -> float:
+    """How long after the beginning of a save to kill next: machines write at very different speeds."""
+    return reach * (1.2 if outcome["inside"] else 0.6)
+
+
 def kill_savers(count: int, generator: random.Random, folder: Path) -> dict[str, int]:
     """Kill processes that only save."""
     found = {"kills": 0, "inside a save": 0, "checkpoints lost": 0, "bad loads": 0}
-    reported = 0
-    while found["kills"] < count:
+    reported, reach = 0, 0.03
+    while found["kills"] < count or found["inside a save"] * 2 < count:
         want_inside = found["inside a save"] * 2 < count
-        outcome = killed(save_forever, folder, want_inside, generator, 0.2)
+        outcome = killed(save_forever, folder, want_inside, generator, 0.2, reach)
+        reach = reach_after(reach, outcome) if want_inside else reach
         if outcome["exit"] is not None:
             raise SystemExit("a process that only saves ended by itself")
         found["kills"] += outcome["killed"]
@@ -190,14 +201,16 @@ def kill_trainings(count: int, generator: random.Random, folder: Path) -> dict[s
         raise SystemExit("the run that is compared with failed")
     span = time.perf_counter() - began
     expected = (folder / "whole" / "weights").read_text()
-    number = 0
-    while found["kills"] < count:
+    number, reach = 0, 0.03
+    while found["kills"] < count or found["inside a save"] * 2 < count:
         number += 1
         run, reported = folder / str(number), 0
         run.mkdir()
         while not (run / "weights").exists():
             inside = found["inside a save"] * 2 < count
-            outcome = killed(train, run, inside, generator, span) if found["kills"] < count else finished(run)
+            more = inside or found["kills"] < count
+            outcome = killed(train, run, inside, generator, span, reach) if more else finished(run)
+            reach = reach_after(reach, outcome) if inside else reach
             if outcome["exit"]:
                 found["bad loads"] += 1
                 break
