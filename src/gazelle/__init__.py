@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from gazelle.train.strategies.distillation import DistillationTrainer
     from gazelle.train.strategies.order import CurriculumTrainer, DynamicSequenceLengthTrainer
     from gazelle.train.strategies.profile import profile_io
+    from gazelle.train.strategies.teacher_logits import save_teacher_logits
     from gazelle.train.trainer import SFTTrainer
 
 __version__ = "0.1.0"
@@ -44,6 +45,7 @@ _HOMES = {
     "prepare_for_vllm": "gazelle.facade.vllm",
     "profile_io": "gazelle.train.strategies.profile",
     "restore": "gazelle.models.swap",
+    "save_teacher_logits": "gazelle.train.strategies.teacher_logits",
     "standardize_sharegpt": "gazelle.data.sharegpt",
     "to_sharegpt": "gazelle.data.sharegpt",
     "train_on_responses_only": "gazelle.train.responses",
@@ -53,8 +55,8 @@ _HOMES = {
 __all__ = ["CurriculumTrainer", "DistillationTrainer", "DynamicSequenceLengthTrainer", "FastLanguageModel",
            "GazelleError", "MixedPrecisionConfig", "SFTConfig", "SFTTrainer", "UserError", "__version__", "accelerate",
            "add_new_tokens", "apply_chat_template", "explain", "get_chat_template", "is_bfloat16_supported",
-           "prepare_for_vllm", "profile_io", "restore", "standardize_sharegpt", "to_sharegpt",
-           "train_on_responses_only", "unsloth_train"]
+           "prepare_for_vllm", "profile_io", "restore", "save_teacher_logits", "standardize_sharegpt",
+           "to_sharegpt", "train_on_responses_only", "unsloth_train"]
 
 
 def __getattr__(name: str) -> object:

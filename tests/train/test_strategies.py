@@ -20,16 +20,18 @@ from gazelle import (
     SFTConfig,
     SFTTrainer,
     profile_io,
+    save_teacher_logits,
 )
-from gazelle.base.errors import OptionError
+from gazelle.base.errors import ModelError, OptionError
 from gazelle.data.encode import Example
 from gazelle.engine.keep import ALL, KEEP
 from gazelle.facade.language_model import bind
 from gazelle.models.precision import MixedPrecisionConfig, set_mixed_precision
 from gazelle.train.strategies.batching import token_batches
-from gazelle.train.strategies.distillation import distillation_loss
+from gazelle.train.strategies.distillation import distillation_loss, kept_distillation_loss
 from gazelle.train.strategies.incremental import Replay
 from gazelle.train.strategies.order import bucketed_order, curriculum_order
+from gazelle.train.strategies.teacher_logits import TopLogits
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -250,7 +252,7 @@ def fresh(tokenizer: Any, **options: Any) -> Any:
     return small_llama(tokenizer, adapter=False, **{"initializer_range": 0.05} | options)
 
 
-def test_a_student_learns_more_from_a_teacher(make: Any, bytes_tokenizer: Any) -> None:
+def test_a_student_learns_more_from_a_teacher(make: Any, bytes_tokenizer: Any, tmp_path: Path) -> None:
     held_out, few = chain_rows(32, 2), chain_rows(8, 3)
     schedule: dict[str, Any] = {"learning_rate": 2e-2, "lr_scheduler_type": "cosine", "per_device_train_batch_size": 8}
     teacher = fresh(bytes_tokenizer, hidden_size=48, intermediate_size=96, num_hidden_layers=2)
@@ -263,8 +265,12 @@ def test_a_student_learns_more_from_a_teacher(make: Any, bytes_tokenizer: Any) -
     taught = make(few, DistillationTrainer, model=fresh(bytes_tokenizer, **small), max_steps=200, evaluation=held_out,
                   extra={"teacher_model": teacher, "temperature": 2.0, "alpha_ce": 0.9}, **schedule)
     taught.train()
-    losses = [trainer.evaluate()["eval_loss"] for trainer in (alone, taught)]
-    assert losses[1] < losses[0] - 0.2, losses  # 2.11 and 2.61; the teacher has 2.01
+    kept = save_teacher_logits(teacher, bytes_tokenizer, few, tmp_path / "kept", top_k=8, max_length=128)
+    by_kept = make(few, DistillationTrainer, model=fresh(bytes_tokenizer, **small), max_steps=200, evaluation=held_out,
+                   extra={"teacher_model": kept, "temperature": 2.0, "alpha_ce": 0.9}, **schedule)
+    by_kept.train()
+    losses = [trainer.evaluate()["eval_loss"] for trainer in (alone, taught, by_kept)]
+    assert max(losses[1:]) < losses[0] - 0.2, losses
     assert all(torch.equal(old, new) for old, new in zip(weights, teacher.state_dict().values(), strict=True))
 
 
@@ -292,6 +298,73 @@ def test_what_a_student_is_trained_on(make: Any, bytes_tokenizer: Any) -> None:
         with pytest.raises(OptionError):
             make(rows, DistillationTrainer, model=fresh(bytes_tokenizer),
                  extra={"teacher_model": fresh(bytes_tokenizer)} | wrong)
+
+
+def test_kept_logits_of_a_teacher() -> None:
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = 3 * torch.randn(2, 7, 11, generator=generator, dtype=torch.float64)
+    targets = torch.randint(11, (7,), generator=generator)
+    weights = {"temperature": 3.0, "alpha_ce": 0.5, "alpha_mse": 0.2}
+    every = kept_distillation_loss(ours, TopLogits.of(theirs, 11), targets, **weights)
+    assert every.item() == pytest.approx(distillation_loss(ours, theirs, targets, **weights).item(), rel=1e-3)
+    top = theirs.topk(4).indices
+    p, q = ((logits.gather(1, top) / 3).softmax(-1) for logits in (theirs, ours))
+    p_all, q_all = (logits.softmax(-1).gather(1, top).sum(-1) for logits in (theirs, ours))
+    shares = p_all * (p_all / q_all).log() + (1 - p_all) * ((1 - p_all) / (1 - q_all)).log()
+    want = 0.5 * (9 * (p * (p / q).log()).sum() + shares.sum()) \
+        + 0.2 * (ours - theirs).gather(1, top).square().sum() / 4 \
+        + 0.3 * -ours.log_softmax(-1)[range(7), targets].sum()
+    kept = kept_distillation_loss(ours, TopLogits.of(theirs, 4), targets, **weights)
+    assert kept.item() == pytest.approx(want.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True, "max_length": 48},
+                                     {"packing": True, "packing_strategy": "wrapped", "max_length": 48},
+                                     {"neftune_noise_alpha": 0.01}], ids=str)  # whose rows are padded
+def test_training_by_kept_logits(make: Any, bytes_tokenizer: Any, tmp_path: Path, options: dict[str, Any]) -> None:
+    rows = lengths_of(9, 30, 17, 4, 9)
+    teacher = fresh(bytes_tokenizer, hidden_size=48)
+    folder = save_teacher_logits(teacher, bytes_tokenizer, rows, tmp_path / "kept", top_k=fresh_vocabulary(teacher),
+                                 per_device_train_batch_size=2, **{"max_length": 128} | options)
+    losses = []
+    for given in (teacher, str(folder)):
+        torch.manual_seed(0)
+        trainer = make(rows, DistillationTrainer, model=fresh(bytes_tokenizer), evaluation=lengths_of(12),
+                       extra={"teacher_model": given, "alpha_ce": 0.7, "alpha_mse": 0.2}, max_steps=3, **options)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        assert trainer.evaluate()["eval_loss"] > 0
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert len(set(losses[0])) == 3
+
+
+def fresh_vocabulary(model: Any) -> int:
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def test_kept_logits_that_do_not_fit(make: Any, bytes_tokenizer: Any, tmp_path: Path) -> None:
+    rows = lengths_of(9, 30)
+    folder = tmp_path / "kept"
+    save_teacher_logits(fresh(bytes_tokenizer), bytes_tokenizer, rows, folder, top_k=4, max_length=128)
+
+    def student(rows: Any, teacher: Any = folder, model: Any = None, **extra: Any) -> Any:
+        return make(rows, DistillationTrainer, model=model or fresh(bytes_tokenizer),
+                    extra={"teacher_model": teacher} | extra)
+
+    student(rows[:1]).train()
+    with pytest.raises(OptionError, match="1 of 3 rows"):
+        student([*rows, *lengths_of(31)])
+    with pytest.raises(OptionError, match="different vocabularies"):
+        student(rows, model=fresh(bytes_tokenizer, vocab_size=400))
+    with pytest.raises(OptionError, match="belong to rows"):
+        student(rows, data_collator=lambda entries: entries)
+    with pytest.raises(ModelError, match="cannot be read"):
+        student(rows, tmp_path / "nothing")
+    (folder / "teacher-0001.safetensors").write_bytes(b"0" * 40)
+    with pytest.raises(ModelError, match="cannot be read"):
+        student(rows)
+    with pytest.raises(OptionError, match="cannot be kept"):
+        save_teacher_logits(fresh(bytes_tokenizer), bytes_tokenizer, rows, folder, top_k=0)
 
 
 def task(name: str) -> list[dict[str, str]]:

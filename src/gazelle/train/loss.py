@@ -15,7 +15,7 @@ from gazelle.models.head import Labelled, has_fused_head
 from gazelle.train.dataset import labelled_targets
 
 # What a collator says of a batch that is no argument of a model.
-NOTES = ("labels", "positions", "targets", "tokens", "sizes", "uniform")
+NOTES = ("labels", "positions", "targets", "tokens", "sizes", "uniform", "teacher")
 
 
 def batch_loss(
@@ -58,6 +58,14 @@ def packed_rows(inputs: dict[str, Any]) -> Rows:
     starts = inputs["cu_seq_lens_q"]
     return Rows(len(starts) - 1, inputs["max_length_q"], uniform=inputs.get("uniform", False), cu_seqlens=starts,
                 sizes=inputs.get("sizes"))
+
+
+def labelled_logits(model: Any, inputs: dict[str, Any], positions: torch.Tensor) -> torch.Tensor:
+    """[n, V]: a model's logits at positions in the tokens of all rows of a batch."""
+    arguments = {name: value for name, value in inputs.items() if name not in NOTES}
+    if "cu_seq_lens_q" not in inputs:
+        return model(**arguments, use_cache=False).logits.flatten(0, 1)[positions]
+    return model(**arguments, gazelle_rows=packed_rows(inputs), logits_to_keep=positions, use_cache=False).logits[0]
 
 
 def loss_sums(model: torch.nn.Module, batches: Iterable[dict[str, Any]],

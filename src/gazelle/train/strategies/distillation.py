@@ -1,5 +1,6 @@
 """A small model learns from a large one: from its probabilities for every token, not from the right token alone."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,10 +10,12 @@ from torch import Tensor
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError
 from gazelle.base.log import say_once
+from gazelle.data.encode import Example
 from gazelle.models.packed import packed_attention_on, supports_packing
 from gazelle.models.swap import accelerate
-from gazelle.train.dataset import Collator, labelled_targets
-from gazelle.train.loss import NOTES, packed_rows
+from gazelle.train.dataset import Bins, Collator, labelled_targets
+from gazelle.train.loss import labelled_logits
+from gazelle.train.strategies.teacher_logits import TaughtCollator, TeacherLogits, TopLogits, left_out
 from gazelle.train.trainer import SFTTrainer
 
 
@@ -39,6 +42,35 @@ def distillation_loss(student: Tensor, teacher: Tensor, targets: Tensor, *, temp
     return loss
 
 
+def kept_distillation_loss(student: Tensor, teacher: TopLogits, targets: Tensor, *, temperature: float,
+                           alpha_ce: float, alpha_mse: float) -> Tensor:
+    """`distillation_loss` of the k logits that were kept of the teacher, and the same where k is all of them.
+
+    KL is between the softmaxes of the k logits / T, and, where k leaves tokens out, between the probabilities of these
+    as a whole, at T = 1: at a higher T the many that are left out weigh too much, and what the student then puts on
+    the wrong ones of them it keeps (docs/log.md). MSE is over the k.
+
+    Args:
+        student: logits [n, V].
+        teacher: of the same positions.
+        targets, temperature, alpha_ce, alpha_mse: as there.
+    """
+    student, ids, theirs = student.float(), teacher.ids.long(), teacher.below.float()
+    ours = student.gather(1, ids)
+    loss = (1 - alpha_ce - alpha_mse) * F.cross_entropy(student, targets, reduction="sum")
+    if alpha_ce:
+        soft = F.kl_div(F.log_softmax(ours / temperature, -1), F.log_softmax(theirs / temperature, -1),
+                        reduction="sum", log_target=True)
+        loss = loss + alpha_ce * temperature**2 * soft
+        if ids.shape[1] < student.shape[1]:
+            rest, share = left_out(student, ids), ours.logsumexp(-1) - student.logsumexp(-1)
+            for log_p, log_q in ((teacher.rest, rest), (torch.log1p(-teacher.rest.exp()), share)):
+                loss = loss + alpha_ce * F.kl_div(log_q, log_p, reduction="sum", log_target=True)
+    if alpha_mse:
+        loss = loss + alpha_mse * (ours - theirs - teacher.first[:, None]).square().mean(-1).sum()
+    return loss
+
+
 class DistillationTrainer(SFTTrainer):
     """`SFTTrainer` whose model learns from another one with the same vocabulary, of any size.
 
@@ -46,7 +78,8 @@ class DistillationTrainer(SFTTrainer):
     Evaluation is the cross entropy, as without a teacher.
 
     Args:
-        teacher_model: never changed; put on the student's device by the caller.
+        teacher_model: never changed; put on the student's device by the caller. Or the folder that
+            `save_teacher_logits` wrote: then no teacher is in memory.
         student_model: what is trained.
         temperature, alpha_ce, alpha_mse: of `distillation_loss`.
         **kwargs: of `SFTTrainer`.
@@ -57,33 +90,40 @@ class DistillationTrainer(SFTTrainer):
 
     def __init__(self, teacher_model: Any, student_model: Any, *args: Any, temperature: float = 2.0,
                  alpha_ce: float = 0.5, alpha_mse: float = 0.0, **kwargs: Any) -> None:
-        sizes = [unwrap(model).get_output_embeddings().weight.shape[0] for model in (teacher_model, student_model)]
-        if sizes[0] != sizes[1]:
-            raise OptionError("teacher and student have different vocabularies", where="teacher_model",
-                              found=f"{sizes[0]:,} and {sizes[1]:,} tokens", expected="the same tokens in both",
-                              fix="choose a teacher of the student's family")
+        kept = TeacherLogits(teacher_model) if isinstance(teacher_model, str | Path) else None
         if not temperature > 0 or min(alpha_ce, alpha_mse) < 0 or alpha_ce + alpha_mse > 1:
             raise OptionError("weights of the losses that do not add up", where="temperature, alpha_ce, alpha_mse",
                               found=f"{temperature}, {alpha_ce}, {alpha_mse}",
                               expected="a temperature above 0, and weights from 0 to 1 in all",
                               fix="the rest of 1 is the weight of the right token's cross entropy")
-        if unwrap(teacher_model).device != unwrap(student_model).device:
-            raise OptionError("teacher and student are on different devices", where="teacher_model",
-                              found=str(unwrap(teacher_model).device), expected=str(unwrap(student_model).device),
-                              fix="move the teacher: teacher_model.to(student_model.device)")
+        if kept is None:
+            check_fits(teacher_model, student_model)
         super().__init__(student_model, *args, **kwargs)
-        self.teacher = accelerate(teacher_model)
+        self.teacher: Any = accelerate(teacher_model) if kept is None else None
         self.temperature, self.alpha_ce, self.alpha_mse = temperature, alpha_ce, alpha_mse
         self._graphed = False
-        if self._own_collator is None:
+        tokenizer = self.processing_class
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        if kept is not None:
+            kept.check(self._rows(), vocabulary_of(student_model))
+            self.data_collator: Collator = TaughtCollator(self._packed, pad, kept)
+        elif self._own_collator is None:
             self._packed = self._packed and supports_packing(self.teacher) is None
-            tokenizer = self.processing_class
-            pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
             self.data_collator = Collator(self._packed, pad)
         if self.args.label_smoothing_factor:
             say_once("label_smoothing_factor has no effect: the teacher's probabilities are smooth")
 
+    def _rows(self) -> list[Example]:
+        """The rows that batches are made of."""
+        if self._own_collator is not None or not isinstance(self.train_dataset, Bins):
+            raise OptionError("a teacher's kept logits belong to rows that the trainer joins to batches itself",
+                              where="data_collator", found="a collator of your own, or no training data",
+                              expected="training data and no data_collator", fix="leave data_collator out")
+        return [row for bin_ in self.train_dataset.bins for row in bin_]
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.teacher is None:
+            return super().train(*args, **kwargs)
         training = self.teacher.training
         self.teacher.eval()
         try:
@@ -101,10 +141,14 @@ class DistillationTrainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         self.tokens += inputs.get("tokens", inputs["labels"].numel())
         positions, targets = labelled_targets(inputs["labels"])
-        with torch.no_grad():
-            theirs = labelled_logits(self.teacher, inputs, positions)
-        total = distillation_loss(labelled_logits(model, inputs, positions), theirs, targets,
-                                  temperature=self.temperature, alpha_ce=self.alpha_ce, alpha_mse=self.alpha_mse)
+        weights = {"temperature": self.temperature, "alpha_ce": self.alpha_ce, "alpha_mse": self.alpha_mse}
+        if self.teacher is None:
+            theirs = TopLogits(*inputs["teacher"])
+            total = kept_distillation_loss(labelled_logits(model, inputs, positions), theirs, targets, **weights)
+        else:
+            with torch.no_grad():
+                logits = labelled_logits(self.teacher, inputs, positions)
+            total = distillation_loss(labelled_logits(model, inputs, positions), logits, targets, **weights)
         count = num_items_in_batch if num_items_in_batch is not None else len(targets)
         loss = total / torch.as_tensor(count).clamp(min=1)
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
@@ -112,9 +156,19 @@ class DistillationTrainer(SFTTrainer):
         return loss
 
 
-def labelled_logits(model: Any, inputs: dict[str, Any], positions: Tensor) -> Tensor:
-    """[n, V]: a model's logits at positions in the tokens of all rows of a batch."""
-    arguments = {name: value for name, value in inputs.items() if name not in NOTES}
-    if "cu_seq_lens_q" not in inputs:
-        return model(**arguments, use_cache=False).logits.flatten(0, 1)[positions]
-    return model(**arguments, gazelle_rows=packed_rows(inputs), logits_to_keep=positions, use_cache=False).logits[0]
+def vocabulary_of(model: Any) -> int:
+    """Rows of a model's head."""
+    return int(unwrap(model).get_output_embeddings().weight.shape[0])
+
+
+def check_fits(teacher_model: Any, student_model: Any) -> None:
+    """Raise `OptionError` for a teacher whose logits cannot be put beside the student's."""
+    sizes = [vocabulary_of(model) for model in (teacher_model, student_model)]
+    if sizes[0] != sizes[1]:
+        raise OptionError("teacher and student have different vocabularies", where="teacher_model",
+                          found=f"{sizes[0]:,} and {sizes[1]:,} tokens", expected="the same tokens in both",
+                          fix="choose a teacher of the student's family")
+    if unwrap(teacher_model).device != unwrap(student_model).device:
+        raise OptionError("teacher and student are on different devices", where="teacher_model",
+                          found=str(unwrap(teacher_model).device), expected=str(unwrap(student_model).device),
+                          fix="move the teacher: teacher_model.to(student_model.device)")
