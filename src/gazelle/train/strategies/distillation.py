@@ -108,7 +108,7 @@ class DistillationTrainer(SFTTrainer):
             kept.check(self._rows(), vocabulary_of(student_model))
             self.data_collator: Collator = TaughtCollator(self._packed, pad, kept)
         elif self._own_collator is None:
-            self._packed = self._packed and supports_packing(self.teacher) is None
+            self._packed = self._packed and supports_packing(teacher_model) is None
             self.data_collator = Collator(self._packed, pad)
         if self.args.label_smoothing_factor:
             say_once("label_smoothing_factor has no effect: the teacher's probabilities are smooth")
