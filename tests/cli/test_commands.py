@@ -57,6 +57,7 @@ def test_doctor_really_runs_something(capsys: pytest.CaptureFixture[str]) -> Non
     assert "baseline memory" in printed
     assert re.search(r"  compressed-tensors +(\d|not installed)", printed)
     assert "transformers" in printed
+    assert re.search(r"  vLLM +(\d|not found here; gazelle export --verify takes --vllm PYTHON)", printed)
 
 
 def test_python_m_gazelle_alone_is_the_check() -> None:

@@ -62,7 +62,7 @@ def test_a_choice_for_all_layers(choice: str, said: str, folder: Path, capsys: p
 def test_a_budget_that_is_too_small(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert plan(folder, "--budget", "30MB") == 2
     said = capsys.readouterr().err
-    assert "memory_budget" in said and "to do:" in said and "Traceback" not in said
+    assert "--budget" in said and "memory_budget" not in said and "to do:" in said and "Traceback" not in said
     named = re.search(r"at least ([\d.]+ GB)", said)
     assert named is not None
     assert plan(folder, "--budget", named[1]) == 0

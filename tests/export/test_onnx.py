@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import shutil
 
 import numpy as np
@@ -137,8 +138,11 @@ def test_sizes_are_free_and_named(adapted):
 
 def test_the_line_for_tensorrt(adapted):
     model, (path,), records = adapted
-    line = next(record for record in records if "trtexec" in record)
-    assert line.endswith(trtexec_command(path, model.config))
+    script = path.with_name("m.onnx.trtexec.sh")
+    assert any(str(script) in record for record in records)
+    line = script.read_text().strip()
+    assert line == f"#!/bin/sh\nexec {trtexec_command('m.onnx', model.config)}"
+    assert os.access(script, os.X_OK)
     parts = dict(part.split("=", 1) for part in line.split("trtexec ")[1].split())
     session = Session(path)
     for kind, (rows, new, cached) in {"min": (1, 1, 0), "opt": (1, 128, 31), "max": (8, 512, 127)}.items():
@@ -146,7 +150,7 @@ def test_the_line_for_tensorrt(adapted):
         assert shapes.keys() == session.inputs.keys()
         assert shapes["attention_mask"] == f"{rows}x{new + cached}"
         assert shapes["past_key_values.1.key"] == f"{rows}x1x{cached}x32"
-    assert parts["--onnx"] == str(path) and parts["--saveEngine"].endswith("m.engine")
+    assert parts["--onnx"] == "m.onnx" and parts["--saveEngine"] == "m.engine"
 
 
 def test_weights_beside_the_graph(adapted, tmp_path, monkeypatch):
@@ -161,7 +165,7 @@ def test_weights_beside_the_graph(adapted, tmp_path, monkeypatch):
     for data in ("m.onnx.data", "m.onnx.2.data", "m.onnx.data"):
         files = export_onnx(model, tmp_path / "m.onnx")
         assert [file.name for file in files] == ["m.onnx", data]
-        assert sorted(file.name for file in tmp_path.iterdir()) == ["m.onnx", data]
+        assert sorted(file.name for file in tmp_path.iterdir()) == sorted(["m.onnx", data, "m.onnx.trtexec.sh"])
         assert files[0].stat().st_size < path.stat().st_size - files[1].stat().st_size / 2
         np.testing.assert_array_equal(Session(files[0]).run(*(part.numpy() for part in batch(2, 9, 3)))[0], want)
 

@@ -53,6 +53,7 @@ def test_a_run_is_exported_and_verified_on_its_rows(checkpoint, tmp_path, capsys
                  str(FOLDER), "--data", str(tmp_path / "rows.jsonl")]) == 0
     printed = capsys.readouterr().out
     assert "gguf:f32,q8_0" in printed and "rows.jsonl" in printed and "WRONG" not in printed
+    assert "3 of 3 exports were read back" in printed
     found = json.loads((tmp_path / "run-gguf" / "model-F32.verification.json").read_text())
     checks = {check["name"]: check["values"] for check in found["checks"]}
     assert found["consumer"].startswith("llama.cpp (") and found["wrong"] == []
@@ -139,6 +140,7 @@ def test_without_llama_cpp_it_says_so(checkpoint, tmp_path, capsys, monkeypatch)
     assert main(["export", str(checkpoint), "--to", "gguf:q8_0", "--verify"]) == 0
     printed = capsys.readouterr().out
     assert "llama.cpp is not installed" in printed and "--llama" in printed
+    assert "0 of 1 exports were read back" in printed
     assert "a few built-in prompts" in printed
     with pytest.raises(OptionError, match=r"llama.cpp is not there"):
         llama_consumer.find_library(str(tmp_path))

@@ -205,6 +205,7 @@ def test_splits_and_folders_stand_in(script_data: Path, tmp_path: Path, monkeypa
         "from datasets import load_dataset\n"
         "assert len(load_dataset('org/rows', 'main', split='train_sft[:4]', revision='x')) == 4\n"
         "assert list(load_dataset('org/rows')) == ['train']\n"
+        "assert len(load_dataset('org/rows', split='train+test')) == 2 * len(load_dataset('org/rows', split='train'))\n"
         "assert next(iter(load_dataset('org/rows', split='train', streaming=True)))['instruction']\n"
         "assert load_dataset('org/folder', split='test')[0]['text'] == 'b'\n")
     folder = tmp_path / "folder"

@@ -179,6 +179,16 @@ def test_what_the_adapter_does_not_hold_comes_back_too(run: Run, bytes_tokenizer
     assert run(model(), "2", resume=str(tmp_path / "2" / "checkpoint-2"), callbacks=[again]) == whole
     assert again.seen.tolist() == counting.seen.tolist() == [10, 10]
 
+    class Unsaveable(Counting):
+        def state_dict(self) -> dict[str, Any]:
+            return {"seen": {object()}}
+
+    with pytest.raises(OptionError, match=r"(?s)cannot be saved.*Unsaveable.state_dict\(\).seen is a set"):
+        run(model(), "3", callbacks=[Unsaveable()])
+    Counting.load_state_dict = None  # a callback that only has state_dict keeps its state to itself
+    del Counting.load_state_dict
+    run(model(), "4", callbacks=[Counting()])
+
 
 def test_checkpoints_that_transformers_wrote(run: Run, bytes_tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
                                              caplog: pytest.LogCaptureFixture) -> None:

@@ -1,6 +1,7 @@
 """`gazelle doctor`: what is here, does it really run, and what would be needed for the rest."""
 
 import importlib.metadata
+import importlib.util
 import platform
 import time
 
@@ -12,6 +13,7 @@ from rich.table import Table
 from gazelle import __version__
 from gazelle.base.device import default_device, default_dtype, device_name, memory_in_use, total_memory
 from gazelle.base.optional import OPTIONAL, version
+from gazelle.export.consumers.llama import find_library
 from gazelle.kernels.attention import packed_attention
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "gguf")
@@ -46,6 +48,14 @@ def doctor_command() -> None:
         console.print(f"  {distribution:<{width}}{installed or 'not installed'} · {purpose}"
                       + ("" if installed else f"\n{'':<{width + 2}}{command}"), markup=False, highlight=False,
                       soft_wrap=True)
+    console.print("\n[bold]programs that exports are verified by[/]")
+    library = find_library()
+    vllm = importlib.util.find_spec("vllm") is not None
+    for name, found, otherwise in (
+            ("llama.cpp", str(library) if library else "", "--llama FOLDER of an unpacked release"),
+            ("vLLM", importlib.metadata.version("vllm") if vllm else "", "--vllm PYTHON of its own environment")):
+        console.print(f"  {name:<{width}}{found or f'not found here; gazelle export --verify takes {otherwise}'}",
+                      markup=False, highlight=False, soft_wrap=True)
 
 
 def check_attention(device: str) -> str:

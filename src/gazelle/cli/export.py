@@ -64,4 +64,8 @@ def _show_verification(done: list[Exported]) -> bool:
             typer.echo(f"{Path(one.export).name}: {one.note}")
         if one.wrong:
             typer.echo(f"{Path(one.export).name} is not the model in memory: {', '.join(one.wrong)}", err=True)
+    unread = sum(not one.consumer for one in verified)
+    if not any(one.wrong for one in verified):
+        typer.echo(f"{len(verified) - unread} of {len(verified)} exports were read back, and answer as the model in "
+                   "memory does.")
     return any(one.wrong for one in verified)

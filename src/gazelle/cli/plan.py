@@ -11,12 +11,18 @@ def plan_command(model: str, *, seq: int | None, batch: int, budget: str | None,
     import torch
 
     from gazelle.base.device import default_device, device_name
+    from gazelle.base.errors import OptionError
     from gazelle.facade.planning import plan_model
 
     device = torch.device(default_device())
-    planned = plan_model(model, tokens_a_row=seq, rows=batch, budget=budget, r=r, load_in_4bit=load_in_4bit,
-                         load_in_8bit=load_in_8bit, full_finetuning=full, optim=optim, precision=precision,
-                         checkpointing={"true": True, "false": False}.get(checkpointing, checkpointing))
+    try:
+        planned = plan_model(model, tokens_a_row=seq, rows=batch, budget=budget, r=r, load_in_4bit=load_in_4bit,
+                             load_in_8bit=load_in_8bit, full_finetuning=full, optim=optim, precision=precision,
+                             checkpointing={"true": True, "false": False}.get(checkpointing, checkpointing))
+    except OptionError as error:
+        if error.where == "memory_budget":
+            error.where = "--budget"
+        raise
     plan = planned.plan
     typer.echo(f"{model}: {planned.batch.tokens:,} tokens a micro-batch, budget {gigabytes(plan.budget)}\n")
     for name, size in plan.lines():

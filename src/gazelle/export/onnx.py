@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from gazelle.adapters.merge import merged_tensors
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError, OptionError, OutputError, nearest
-from gazelle.base.files import check_writable, scratch_folder
+from gazelle.base.files import check_writable, scratch_folder, write_text
 from gazelle.base.log import logger
 from gazelle.base.optional import require
 from gazelle.export.checks import check_no_folder, text_config
@@ -42,7 +42,7 @@ def export_onnx(model: Any, path: str | Path, *, dtype: "str | torch.dtype | Non
     Inputs: input_ids [B, T], attention_mask [B, P + T], position_ids [B, T], all int64, and for each layer N
     past_key_values.N.key and .value [B, G, P, D]. Outputs: logits [B, T, V], present.N.key and .value [B, G, P + T, D].
     B, T and P are free, P may be 0. Weights of 2 GB and more lie in a file beside it, `path` and ".data".
-    The log has the line of trtexec that makes a TensorRT engine of the file.
+    The line of trtexec that makes a TensorRT engine of the file lies beside it, in `path` and ".trtexec.sh".
 
     Args:
         model: of a family that the engine knows, with or without an adapter, quantised by bitsandbytes or not.
@@ -77,7 +77,10 @@ def export_onnx(model: Any, path: str | Path, *, dtype: "str | torch.dtype | Non
     program = _traced(_WithCache(plain), config, kept_as)
     target.parent.mkdir(parents=True, exist_ok=True)
     files = _write(program, target, external=size > _INLINE)
-    logger.info("For TensorRT: %s", trtexec_command(target, config))
+    line = target.with_name(target.name + ".trtexec.sh")
+    write_text(line, f"#!/bin/sh\nexec {trtexec_command(target.name, config)}\n")
+    line.chmod(0o755)
+    logger.info("For TensorRT, in its folder: %s", line)
     return files
 
 

@@ -28,7 +28,7 @@ from gazelle.train.trainer import SFTTrainer
 LEFT_BY_A_RUN = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors",
     "model.safetensors.index.json", "metrics.jsonl", "report.html", "loss.png", "recipe.yaml", "scores.json",
-    "gazelle.json", "checkpoint-[0-9]*", ".checkpoint-[0-9]*",
+    "gazelle.json", "replay.json", "checkpoint-[0-9]*", ".checkpoint-[0-9]*",
 )
 
 

@@ -73,6 +73,8 @@ def _from_pretrained(original: Any, resolved: Callable[[Any], Any]) -> classmeth
 
     @functools.wraps(function)
     def from_pretrained(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        if not args and "pretrained_model_name_or_path" not in kwargs:
+            return function(cls, **kwargs)  # which says what is missing
         name = args[0] if args else kwargs.pop("pretrained_model_name_or_path")
         if (path := resolved(name)) is not name:
             path = str(checkpoint.find_checkpoint(path).folder)  # a GGUF file is converted as for gazelle itself
@@ -85,7 +87,7 @@ def _from_pretrained(original: Any, resolved: Callable[[Any], Any]) -> classmeth
 def datasets_standing_in(names: Mapping[str, str]) -> Iterator[set[str]]:
     """While it lasts, `datasets.load_dataset` reads these files and folders in place of the hub's data sets.
 
-    A file is all of whichever split is asked for.
+    A file is all of whichever split is asked for, and of each where several are joined ("train+test").
 
     Args:
         names: hub name -> a file or folder.
@@ -121,7 +123,7 @@ def _load(original: Any, place: Path, *_: Any, split: Any = None, streaming: boo
             saved = datasets.load_from_disk(str(place))
             return saved if split is None or isinstance(saved, datasets.Dataset) else saved[split]
         return original(str(place), split=split, streaming=streaming)
-    asked = re.match(r"\w+", str(split)) if split is not None else None
+    asked = re.findall(r"(?:^|\+)(\w+)", str(split)) if split is not None else []
     options = {"sep": "\t"} if place.suffix.lower() == ".tsv" else {}
-    return original(_READERS[place.suffix.lower()], data_files={asked[0] if asked else "train": str(place)},
+    return original(_READERS[place.suffix.lower()], data_files=dict.fromkeys(asked or ["train"], str(place)),
                     split=split, streaming=streaming, **options)

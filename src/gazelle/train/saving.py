@@ -39,7 +39,7 @@ from gazelle.train.checkpoint import (
 )
 from gazelle.train.config import optimizer_name
 from gazelle.train.setup import check_adapter
-from gazelle.train.state_file import has_state, read_state, write_state
+from gazelle.train.state_file import check_state, has_state, read_state, write_state
 
 
 class Checkpoints(TrainerCallback):
@@ -181,7 +181,12 @@ class Checkpoints(TrainerCallback):
                     setattr(callback, attribute, value)
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Restore what the base class has just set anew. This comes after all other callbacks."""
+        """Restore what the base class has just set anew. This comes after all other callbacks.
+
+        Raises:
+            OptionError: a callback has a state that no checkpoint can hold.
+        """
+        self._check_callbacks()
         folder = self.resumed
         if folder is None or is_foreign(folder):
             return
@@ -202,6 +207,16 @@ class Checkpoints(TrainerCallback):
         with torch.no_grad():
             for name, value in run["parameters"].items():
                 parameters[name].copy_(value)
+
+    def _check_callbacks(self) -> None:
+        for name, callbacks in self._stateful().items():
+            for callback in callbacks:
+                try:
+                    check_state(callback.state_dict(), f"{name}.state_dict()")
+                except TypeError as error:
+                    raise OptionError("a callback's state cannot be saved", where=name, found=str(error),
+                                      expected="numbers, strings, lists, dictionaries, tensors and arrays",
+                                      fix="return only these from its state_dict") from error
 
     def _write(self, staging: Path, processes: list[Any]) -> None:
         trainer = self.trainer
@@ -282,7 +297,8 @@ class Checkpoints(TrainerCallback):
                         if isinstance(item, ExportableState))
 
     def _stateful(self) -> dict[str, list[Any]]:
-        return _by_name(item for item in self.trainer.callback_handler.callbacks if hasattr(item, "load_state_dict"))
+        return _by_name(item for item in self.trainer.callback_handler.callbacks
+                        if hasattr(item, "state_dict") and hasattr(item, "load_state_dict"))
 
     def _note_callbacks(self) -> None:
         states = {name: [item.state() for item in items] for name, items in self._exportable().items()}

@@ -31,6 +31,11 @@ def write_state(stem: Path, state: Any) -> None:
     stem.with_name(stem.name + ".json").write_text(json.dumps(tree), encoding="utf-8")
 
 
+def check_state(state: Any, name: str) -> None:
+    """Raise `TypeError` if `write_state` could not write `state`; `name` is what it is called in the message."""
+    _plain(state, {}, name, set())
+
+
 def read_state(stem: Path) -> Any:
     """What `write_state` was given, to the bit; tensors are on the CPU."""
     file = stem.with_name(stem.name + ".safetensors")

@@ -1,5 +1,6 @@
 """Where a step's time goes: making batches, moving them, or computing."""
 
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -49,7 +50,8 @@ class IOReport:
 def profile_io(trainer: "SFTTrainer", batches: int = 8) -> IOReport:
     """Run a few micro-batches of a trainer, without a step of its optimizer, and say where the time goes.
 
-    Weights, gradients, random states and the trainer's counts are afterwards what they were.
+    The memory plan is in force meanwhile. Weights, gradients, random states and the trainer's counts are afterwards
+    what they were.
 
     Args:
         trainer: with training data.
@@ -74,7 +76,8 @@ def profile_io(trainer: "SFTTrainer", batches: int = 8) -> IOReport:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    with torch.random.fork_rng(devices=[trainer.args.device] if gpu else []), trainer._packed_attention():
+    planned = contextlib.nullcontext() if trainer.plan is None else trainer.plan.in_force(model, trainer._stopwatch)
+    with torch.random.fork_rng(devices=[trainer.args.device] if gpu else []), trainer._packed_attention(), planned:
         try:
             model.train()
             for parameter, _ in gradients:
