@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from typing import Any
 
 from gazelle.base.optional import require
 from gazelle.guard.detector import Candidate, Detector, Span
@@ -62,12 +63,12 @@ def named(before: str, own: re.Pattern[str], others: re.Pattern[str] = _ORDINARY
 
 def valid(module: str, number: str) -> bool:
     """What a module of python-stdnum says of a number."""
-    require("stdnum")
     return bool(_stdnum(module).is_valid(number))
 
 
 @cache
-def _stdnum(module: str):  # type: ignore[no-untyped-def]
+def _stdnum(module: str) -> Any:
+    require("stdnum")
     return import_module(f"stdnum.{module}")
 
 
@@ -86,6 +87,9 @@ def _grouped(sizes: Sequence[int]) -> bool:
             or len(set(sizes[:-1])) == 1 and sizes[0] <= 5 and sizes[-1] <= sizes[0])
 
 
+_PROVINCES = {*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66), 71, 81, 82, 83}
+
+
 def _card(run: Run, before: str) -> float | None:
     if not (run.digits.isdigit() and 13 <= len(run.digits) <= 19 and _grouped(run.sizes) and _issuer(run.digits)):
         return None
@@ -96,9 +100,16 @@ def _card(run: Run, before: str) -> float | None:
 
 
 def _chinese_id(run: Run, before: str) -> float | None:
-    if len(run.digits) != 18 or not (len(run.sizes) == 1 or run.sizes in ((6, 8, 4), (6, 4, 4, 4)) or set(run.sizes[:-1]) == {1}):
+    if not re.fullmatch(r"[0-9]{17}[0-9Xx]", run.digits) or not (len(run.sizes) == 1 or run.sizes in ((6, 8, 4), (6, 4, 4, 4)) or set(run.sizes[:-1]) == {1}):
         return None
-    return 1.0 if valid("cn.ric", run.digits.upper()) else None
+    # Not ric.is_valid: it knows no counties that are newer than its table.
+    ric, digits = _stdnum("cn.ric"), run.digits.upper()
+    try:
+        born = ric.get_birth_date(digits)
+    except _stdnum("exceptions").ValidationError:
+        return None
+    is_one = int(digits[:2]) in _PROVINCES and 1900 <= born.year and ric.calc_check_digit(digits) == digits[-1]
+    return 1.0 if is_one else None
 
 
 def _ssn(run: Run, before: str) -> float | None:
