@@ -54,7 +54,7 @@ def texts() -> list[Labelled]:
     rng, found = random.Random(7), []
     for line in TEXTS.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        marked = _MADE.sub(lambda made: _credential(rng, made, row["text"]), row.pop("text"))
+        marked = _MADE.sub(lambda made: _credential(rng, made), row.pop("text"))
         text, labels, position = "", [], 0
         for mark in _MARK.finditer(marked):
             text += marked[position:mark.start()]
@@ -65,7 +65,7 @@ def texts() -> list[Labelled]:
     return found
 
 
-def _credential(rng: random.Random, made: re.Match[str], text: str) -> str:
+def _credential(rng: random.Random, made: re.Match[str]) -> str:
     """A credential in place of its name, marked unless it stands inside a mark."""
     name, disguise = made.groups()
     value = _make(rng, name)
@@ -73,7 +73,7 @@ def _credential(rng: random.Random, made: re.Match[str], text: str) -> str:
         value = "\u200b".join(value)
     elif disguise == "wide":
         value = "".join(chr(ord(char) + 0xFEE0) if "!" <= char <= "~" else char for char in value)
-    inside = re.search(r"\[\[\w+:$", text[:made.start()])
+    inside = re.search(r"\[\[\w+:$", made.string[:made.start()])
     return value if inside else f"[[{_SAME.get(name, name)}:{value}]]"
 
 

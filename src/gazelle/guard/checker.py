@@ -27,8 +27,8 @@ DETECTORS: tuple[Detector, ...] = (*CREDENTIALS, *NUMBERS, *CONTACTS)
 KINDS = {group: tuple(dict.fromkeys(kind for detector in DETECTORS if detector.group == group for kind in detector.kinds))
          for group in ("pii", "secret")}
 REFUSAL = "This text was withheld."
-# A match in letters that were put together or read out of digits is worth something from so many letters on.
-_DISGUISED = 4
+# A match in letters that were put together or read out of digits is worth something from so many of them on.
+_DISGUISED, _DISGUISED_HAN = 4, 2
 
 
 class SafetyChecker:
@@ -179,7 +179,7 @@ class SafetyChecker:
         for view, least in views:
             for number, pattern in enumerate(self.patterns):
                 for start, end in pattern.spans(view.text, position):
-                    if end - start >= least:
+                    if end - start >= (least if view.text[start:end].isascii() else min(least, _DISGUISED_HAN)):
                         yield Finding("pattern", "pattern", *view.span(start, end), 1.0,
                                       f"block_patterns[{number}] matches", action)  # type: ignore[arg-type]
 

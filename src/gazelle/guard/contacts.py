@@ -35,17 +35,23 @@ def _email(candidate: Candidate) -> Iterator[tuple[str, Span]]:
     yield "email", (candidate.start, candidate.end, 1.0)
 
 
+_COMMON = {"the", "a", "an", "this", "that", "these", "those", "my", "your", "our", "his", "her", "their", "its", "work", "home",
+           "all", "any", "some", "every", "each", "one", "least", "most", "once", "noon", "night", "school", "no"}
+
+
 def _written_around(candidate: Candidate) -> Iterator[tuple[str, Span]]:
     at, dot = (candidate.groups[number] or "" for number in (2, 4))
     domain = re.sub(r"[^a-z0-9]+", ".", re.sub(r"\bdot\b|点", ".", (candidate.groups[3] or "").lower()))
     if at.strip() in ("at", "#") and (dot == "." and at.strip() == "at" or at == "#" and "qq" != domain != "gmail" != domain):
         return
+    if at.strip() == "at" and domain.partition(".")[0] in _COMMON:
+        return  # "look at the dot com bubble"
     if at == "@" and dot == "." or _RESERVED.search(f"{domain}.{candidate.groups[5]}".lower()):
         return  # the plain form is for the other detector
     yield "email", (candidate.start, candidate.end, 0.9)
 
 
-_CALLED = re.compile(r"phone|\btel\b|\bcall|mobile|\bcell|whatsapp|wechat|\btext\b|\bsms\b|\bfax\b|contact|reach|dial|hotline|"
+_CALLED = re.compile(r"phone|\btel\b|\bcall|\bring\b|mobile|\bcell|whatsapp|wechat|\btext\b|\bsms\b|\bfax\b|contact|reach|dial|hotline|"
                      r"电话|手机|拨打|致电|联系|微信|号码|热线|座机|短信")
 _NOT_CALLED = re.compile(r"order|track|invoice|\bref\b|reference|ticket|serial|\bsku\b|isbn|imei|parcel|model|part n|\bcase\b|"
                          r"batch|product|issue|commit|build|version|timestamp|\bpo\b|\buid\b|user id|\bid[:=# ]|#$|epoch|amount|"
@@ -58,7 +64,7 @@ _REGIONS = ("US", "CN", "GB")
 def _phone(candidate: Candidate) -> Iterator[tuple[str, Span]]:
     written = candidate.found
     start, end = candidate.start, candidate.end
-    if not candidate.alone("_=/") or candidate.text[max(0, start - 1):start] in ("-", ".", ":"):
+    if not candidate.alone("_=/") or re.search(r"[0-9][:.]$|-$", candidate.text[max(0, start - 2):start]):
         return
     if re.match(r"[-.:][0-9]", candidate.text[end:end + 2]):
         return

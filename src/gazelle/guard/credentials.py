@@ -63,7 +63,7 @@ def entropy(text: str) -> float:
 def _assigned(candidate: Candidate) -> Iterator[tuple[str, Span]]:
     name, value = (candidate.groups[1] or "").lower(), candidate.groups[2] or ""
     start, end = candidate.spans[2]
-    kept = value.rstrip(".,;!?)'\"。，；！")
+    kept = value.rstrip(".,;:?)'\"")
     end -= len(value) - len(kept)
     value = kept
     if _PLACEHOLDER.search(value) or "(" in value or "://" in value or len(set(value)) < 5:

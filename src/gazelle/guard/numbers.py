@@ -142,8 +142,6 @@ def _numbers(candidate: Candidate) -> Iterator[tuple[str, Span]]:
 
 
 def _iban(candidate: Candidate) -> Iterator[tuple[str, Span]]:
-    if not candidate.alone():
-        return
     compact = ""
     for offset, char in enumerate(candidate.found):
         if char in " -":
@@ -161,7 +159,7 @@ _NATIONAL = {  # kind -> (form, module of python-stdnum); all have check digits 
               ("it.codicefiscale",)),
     "br_cpf": (r"\b[0-9]{3}\.[0-9]{3}\.[0-9]{3}-[0-9]{2}\b", ("br.cpf",)),
     "fr_nir": (r"\b[12] ?[0-9]{2} ?(?:0[1-9]|1[0-2]) ?[0-9][0-9AB] ?[0-9]{3} ?[0-9]{3} ?[0-9]{2}\b", ("fr.nir",)),
-    "kr_rrn": (r"\b[0-9]{2}(?:0[1-9]|1[0-2])[0-3][0-9]-[1-8][0-9]{6}\b", ("kr.rrn",)),
+    "kr_rrn": (r"\b[0-9]{2}(?:0[1-9]|1[0-2])[0-3][0-9]-[0-9]{7}\b", ("kr.rrn",)),
 }
 
 

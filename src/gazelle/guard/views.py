@@ -24,6 +24,7 @@ _DIGITS = "0-9零〇○一二三四五六七八九幺壹贰叁肆伍陆柒捌玖
 _NUMERAL_RUN = re.compile(rf"[{_DIGITS}](?:[ \-]?[{_DIGITS}]){{6,}}")
 # Single letters, each followed by the same kind of gap. Nothing here can backtrack: every step takes exactly one form.
 _SPELT = re.compile(r"(?<![^\W_])[^\W\d_](?:[ .,_*~|/\-]{1,2}[^\W\d_](?![^\W_])){2,}")
+_SPELT_HAN = re.compile(r"[\u4e00-\u9fff](?:[ ._*~|/\-][\u4e00-\u9fff])+")
 _GAP = re.compile(r"[ .,_*~|/\-]+")
 _LEET_WORD = re.compile(r"[A-Za-z0-9@$!|+]{4,24}")
 _LEET = {"0": "o", "1": "i", "3": "e", "4": "a", "5": "s", "7": "t", "@": "a", "$": "s", "!": "i", "|": "l", "+": "t"}
@@ -87,7 +88,7 @@ def fold(text: str) -> View:
 def together(view: View) -> View | None:
     """Letters spelt apart ("p a s s", "p.a.s.s") put together, and gaps of several spaces made one; None if no letters
     are."""
-    runs = list(_SPELT.finditer(view.text))
+    runs = [run for form in (_SPELT, _SPELT_HAN) for run in form.finditer(view.text)]
     if not runs:
         return None
     keep = np.ones(len(view.text) + 1, bool)
@@ -131,7 +132,20 @@ def _folded(char: str) -> str:
     if category == "Nd":
         return str(unicodedata.digit(char))
     plain = unicodedata.normalize("NFKC", _MARKS.sub("", unicodedata.normalize("NFKD", char)))
-    return "".join(_lookalikes().get(part, part) for part in plain)
+    return "".join(_latin(part) for part in plain)
+
+
+_LETTER = re.compile(r"(LATIN (?:SMALL|CAPITAL) LETTER|LATIN LETTER SMALL CAPITAL|REGIONAL INDICATOR SYMBOL LETTER) ([A-Z])"
+                     r"(?: WITH .+)?$")
+
+
+def _latin(char: str) -> str:
+    """The Latin letter that a character looks like, by Unicode's list or by its name: ø, small capitals, 🅿."""
+    if char.isascii():
+        return char
+    if (found := _LETTER.search(unicodedata.name(char, ""))) is not None:
+        return found[2] if "CAPITAL LETTER" in found[1] else found[2].lower()
+    return _lookalikes().get(char, char)
 
 
 @functools.cache
