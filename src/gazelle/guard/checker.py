@@ -159,23 +159,25 @@ class SafetyChecker:
             folded: its folded view.
             position: 1 for a part from the middle, whose first character is there to be looked back at.
         """
-        yield from self._matched(text, folded, position)
+        joined = together(folded)
+        yield from self._matched(text, folded, joined, position)
         for detector in self._detectors:
             if detector.needs and not any(sign in folded.text for sign in detector.needs):
                 continue
-            for kind, (start, end, score) in detector.search(folded.text, position):
-                if kind in self.kinds and self._counts(score):
-                    yield Finding(kind, detector.group, *folded.span(start, end), score, detector.kinds[kind],
-                                  self._actions[detector.group])  # type: ignore[arg-type]
+            for view in (folded, joined) if detector.spelt and joined is not None else (folded,):
+                for kind, (start, end, score) in detector.search(view.text, position):
+                    if kind in self.kinds and self._counts(score):
+                        yield Finding(kind, detector.group, *view.span(start, end), score, detector.kinds[kind],
+                                      self._actions[detector.group])  # type: ignore[arg-type]
 
-    def _matched(self, text: str, folded: View, position: int) -> Iterator[Finding]:
+    def _matched(self, text: str, folded: View, joined: View | None, position: int) -> Iterator[Finding]:
         action = self._actions["pattern"]
         if not self.patterns or action == "off":
             return
         views = [(folded, 1)]
         if folded.text != text:
             views.append((View(text.encode("utf-8", "replace").decode()), 1))
-        views += [(view, _DISGUISED) for view in (together(folded), *leet(folded)) if view is not None]
+        views += [(view, _DISGUISED) for view in (joined, *leet(folded)) if view is not None]
         for view, least in views:
             for number, pattern in enumerate(self.patterns):
                 for start, end in pattern.spans(view.text, position):

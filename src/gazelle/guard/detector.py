@@ -11,15 +11,12 @@ from gazelle.guard.patterns import compile_re2
 Span = tuple[int, int, float]
 
 
-@dataclass(frozen=True)
 class Candidate:
     """A proposed span, with what stands around it."""
 
-    text: str
-    start: int
-    end: int
-    groups: tuple[str | None, ...]
-    spans: tuple[tuple[int, int], ...]
+    def __init__(self, text: str, match: Any) -> None:
+        self.text, self.match = text, match
+        self.start, self.end = match.span()
 
     @property
     def found(self) -> str:
@@ -36,6 +33,28 @@ class Candidate:
         return not any(side and (side.isascii() and side.isalnum() or side in glue) for side in sides)
 
 
+class Words:
+    """Words that say what stands behind them, found in time that does not grow with their number."""
+
+    def __init__(self, *expressions: str) -> None:
+        self._expression = "(?s).*(?:" + "|".join(expressions) + ")"
+
+    @cached_property
+    def _compiled(self) -> Any:
+        return compile_re2(self._expression)
+
+    def last(self, before: str) -> int:
+        """Where the last of them ends in `before`, -1 if there is none."""
+        found = self._compiled.match(before)
+        return -1 if found is None else int(found.end())
+
+
+def named(before: str, own: Words, others: Words) -> bool | None:
+    """True if the words before something name its kind, False if they name another kind, None if they name none."""
+    mine, other = own.last(before), others.last(before)
+    return None if mine == other == -1 else mine > other
+
+
 @dataclass(frozen=True)
 class Detector:
     """One kind, or several that are told apart by the check.
@@ -44,7 +63,8 @@ class Detector:
         kinds: what it may find -> the reason that findings give.
         expression: RE2's; it proposes spans of bounded length, or ones that end where a run of its characters ends.
         check: kind and span of each thing in a candidate; None takes every candidate as the first kind, with score 1.
-        needs: characters one of which every match has, in lower case: a text without them is not searched.
+        needs: characters one of which every match has: a text without them is not searched.
+        spelt: look where letters that are spelt apart have been put together, too.
     """
 
     group: str
@@ -52,6 +72,7 @@ class Detector:
     expression: str
     check: Callable[[Candidate], Iterator[tuple[str, Span]]] | None = None
     needs: tuple[str, ...] = ()
+    spelt: bool = False
 
     @cached_property
     def compiled(self) -> Any:
@@ -65,5 +86,4 @@ class Detector:
             if self.check is None:
                 yield next(iter(self.kinds)), (start, end, 1.0)
                 continue
-            spans = tuple(match.span(number) for number in range(self.compiled.groups + 1))
-            yield from self.check(Candidate(text, start, end, (match.group(), *match.groups()), spans))
+            yield from self.check(Candidate(text, match))

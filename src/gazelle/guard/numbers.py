@@ -11,15 +11,15 @@ from importlib import import_module
 from typing import Any
 
 from gazelle.base.optional import require
-from gazelle.guard.detector import Candidate, Detector, Span
+from gazelle.guard.detector import Candidate, Detector, Span, Words, named
 
 # Words before a number that say what it is. The nearer of the two kinds counts.
-_ORDINARY = re.compile(r"order|track|invoice|\bref\b|reference|ticket|serial|\bsku\b|isbn|imei|parcel|shipment|model|part n|"
-                       r"\bcase\b|batch|product|issue|commit|build|version|timestamp|\bpo\b|\buid\b|\bid[:=# ]|#$|"
-                       r"订单|单号|运单|快递|流水|编号|发票|货号|批次|型号|序列号|工号|学号")
-_OF_CARD = re.compile(r"card|visa|amex|mastercard|american express|discover|unionpay|debit|credit|卡|银联|信用|储蓄|付款账")
-_OF_SSN = re.compile(r"\bssn\b|social[ \-]security|社会安全|社安")
-_OF_ID = re.compile(r"身份证|证件|\bid\b")
+_ORDINARY = Words(r"order|track|invoice|\bref\b|reference|ticket|serial|\bsku\b|isbn|imei|parcel|shipment|model|part n|\bcase\b",
+                  r"batch|product|issue|commit|build|version|timestamp|\bpo\b|\buid\b|\bid[:=# ]|#\z",
+                  "订单|单号|运单|快递|流水|编号|发票|货号|批次|型号|序列号|工号|学号")
+_OF_CARD = Words("card|visa|amex|mastercard|american express|discover|unionpay|debit|credit", "卡|银联|信用|储蓄")
+_OF_SSN = Words(r"\bssn\b|social[ \-]security", "社会安全|社安")
+_OF_NINO = Words(r"\bnino?\b|national insurance", "国民保险")
 
 
 @dataclass(frozen=True)
@@ -41,24 +41,20 @@ _GROUP = re.compile(r"[0-9]+[Xx]?")
 
 
 def runs(candidate: Candidate, longest: int = 19) -> Iterator[Run]:
-    """Runs of whole groups with up to `longest` digits, longest first at each start."""
-    groups = [(found[0], found.start(), found.end()) for found in _GROUP.finditer(candidate.text, candidate.start, candidate.end)]
-    for first, (digits, start, _) in enumerate(groups):
-        found, sizes = [], []
-        digits = ""
-        for part, _, end in groups[first:]:
-            digits += part
-            sizes.append(len(part))
+    """Runs of whole groups with up to `longest` digits, longest first at each start, in time linear in the candidate."""
+    groups = [(found[0], *found.span()) for found in _GROUP.finditer(candidate.text, candidate.start, candidate.end)]
+    for first, (part, start, _) in enumerate(groups):
+        if len(part) == 1 and first and len(groups[first - 1][0]) == 1:
+            continue  # digits that are spelt apart begin where the first of them stands
+        found: list[Run] = []
+        digits, sizes = "", ()
+        for last in range(first, min(first + longest, len(groups))):
+            part, _, end = groups[last]
+            digits, sizes = digits + part, (*sizes, len(part))
             if len(digits) > longest:
                 break
-            found.append(Run(digits, tuple(sizes), start, end))
+            found.append(Run(digits, sizes, start, end))
         yield from reversed(found)
-
-
-def named(before: str, own: re.Pattern[str], others: re.Pattern[str] = _ORDINARY) -> bool | None:
-    """True if the words before a number name its kind, False if they name another, None if they name none."""
-    mine, other = (max((found.end() for found in pattern.finditer(before)), default=-1) for pattern in (own, others))
-    return None if mine == other == -1 else mine > other
 
 
 def valid(module: str, number: str) -> bool:
@@ -93,10 +89,12 @@ _PROVINCES = {*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *r
 def _card(run: Run, before: str) -> float | None:
     if not (run.digits.isdigit() and 13 <= len(run.digits) <= 19 and _grouped(run.sizes) and _issuer(run.digits)):
         return None
-    said = named(before, _OF_CARD)
+    if not valid("luhn", run.digits):
+        return None
+    said = named(before, _OF_CARD, _ORDINARY)
     if said is False or said is None and len(run.digits) in (13, 19) and run.digits[0] == "4" and len(run.sizes) == 1:
         return None  # identifiers of 19 digits are common, such cards are not
-    return (1.0 if said or len(run.sizes) > 1 else 0.95) if valid("luhn", run.digits) else None
+    return 1.0 if said or len(run.sizes) > 1 else 0.95
 
 
 def _chinese_id(run: Run, before: str) -> float | None:
@@ -115,7 +113,7 @@ def _chinese_id(run: Run, before: str) -> float | None:
 def _ssn(run: Run, before: str) -> float | None:
     if len(run.digits) != 9 or not run.digits.isdigit():
         return None
-    said = named(before, _OF_SSN)
+    said = named(before, _OF_SSN, _ORDINARY)
     written = f"{run.digits[:3]}-{run.digits[3:5]}-{run.digits[5:]}"
     if said is False or run.sizes != (3, 2, 4) and not said or not valid("us.ssn", written):
         return None
@@ -164,7 +162,7 @@ _NATIONAL = {  # kind -> (form, module of python-stdnum); all have check digits 
 
 
 def _national(candidate: Candidate) -> Iterator[tuple[str, Span]]:
-    for (kind, (_, modules)), found in zip(_NATIONAL.items(), candidate.groups[1:], strict=True):
+    for (kind, (_, modules)), found in zip(_NATIONAL.items(), candidate.match.groups(), strict=True):
         if found is not None and candidate.alone("-_") and any(valid(module, found) for module in modules):
             yield kind, (candidate.start, candidate.end, 1.0)
 
@@ -175,7 +173,7 @@ _NO_NINO = {"BG", "GB", "KN", "NK", "NT", "TN", "ZZ", "OO", "CR", "FY", "MW", "N
 
 def _nino(candidate: Candidate) -> Iterator[tuple[str, Span]]:
     compact = candidate.found.replace(" ", "").upper()
-    said = named(candidate.before(), re.compile(r"\bnino?\b|national insurance|国民保险"))
+    said = named(candidate.before(), _OF_NINO, _ORDINARY)
     if candidate.alone("-_") and compact[:2] not in _NO_NINO and said is not False and (said or " " in candidate.found):
         yield "uk_nino", (candidate.start, candidate.end, 1.0 if said else 0.9)
 
@@ -184,7 +182,7 @@ NUMBERS = (
     Detector("pii", {"card": "a payment card: issuer, length and check digit are right",
                      "cn_id": "a Chinese resident ID: region, date and check digit are right",
                      "us_ssn": "a US social security number, in ranges that are given out"},
-             r"[0-9](?:[ .\-_]{0,2}[0-9]){8,}(?:[ .\-]?[Xx]\b)?", _numbers),
+             r"[0-9](?:[ .\-_]{0,3}[0-9]){8,}(?:[ .\-]?[Xx]\b)?", _numbers),
     Detector("pii", {"iban": "a bank account (IBAN): country, length and check digits are right"},
              r"(?i)\b[A-Z]{2}[0-9]{2}(?:[ \-]?[A-Z0-9]){11,30}", _iban),
     Detector("pii", {kind: f"a national identifier ({kind}): its check digits are right" for kind in _NATIONAL},

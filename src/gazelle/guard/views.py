@@ -49,11 +49,8 @@ class View:
     offsets: Offsets | None = None
 
     def span(self, start: int, end: int) -> tuple[int, int]:
-        """Where `text[start:end]` lies in the original. An empty span stays empty."""
-        if self.offsets is None:
-            return start, end
-        first = int(self.offsets[start])
-        return first, int(self.offsets[end - 1]) + 1 if end > start else first
+        """Where `text[start:end]` lies in the original, with what cannot be seen behind it."""
+        return self.origin(start), self.origin(end)
 
     def origin(self, position: int) -> int:
         """Where the character `position` of the form begins in the original."""
@@ -127,6 +124,8 @@ def _folded(char: str) -> str:
         return "\ufffd"
     if category == "Cf" or char in _UNSEEN or _MARKS.fullmatch(char):
         return ""
+    if category == "Pd" or char == "\u2212":
+        return "-"
     if category in ("Zs", "Zl", "Zp"):
         return " " if category == "Zs" else "\n"
     if category == "Nd":
