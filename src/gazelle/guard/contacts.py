@@ -70,6 +70,8 @@ def _phone(candidate: Candidate) -> Iterator[tuple[str, Span]]:
         return
     if re.match(r"[-.:][0-9]", candidate.text[end:end + 2]):
         return
+    if re.fullmatch(r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}", written):
+        return  # an IP address
     digits = re.sub(r"[^0-9]", "", written)
     if not 7 <= len(digits) <= 15 or len(re.findall(r"[0-9]+", written)) > 6 and not re.fullmatch(r"\+?(?:[0-9][ .\-]{1,3})+[0-9]", written):
         return
@@ -111,15 +113,18 @@ def _known(digits: str, region: str | None) -> bool:
         return False
 
 
-_NO_ADDRESS = re.compile(r"(?:version|\bver\.?|\bv|build|release|firmware|driver|section|chapter|clause|版本|版|固件|第|§|/)[ :]{0,2}$")
+_VERSION = re.compile(r"(?:version|\bver\.?|\bv|build|release|firmware|driver|section|chapter|clause|版本|版|固件|第|§)[ :]{0,2}$")
+_HOSTS = Words(r"\bips?\b|address|\bhost|server|\bfrom\b|login|\bdns\b|\bping|\bssh\b|client|peer|gateway|connect|request|attack|block",
+               r"trace|router|proxy|firewall|://|\bto\b|\bat\b|@|地址|来源|来自|服务器|主机|攻击|登录|连接|访问")
 
 
 def _ipv4(candidate: Candidate) -> Iterator[tuple[str, Span]]:
     after = candidate.text[candidate.end:candidate.end + 2]
-    if not candidate.alone("-_") or re.match(r"\.[0-9]", after) or candidate.text[max(0, candidate.start - 1):candidate.start] == ".":
+    if not candidate.alone("-_.") and not re.fullmatch(r"\.(?:[^0-9a-zA-Z]|)", after) or not _is_global(candidate.found):
         return
-    before = candidate.before(12)
-    if _NO_ADDRESS.search(before) and not before.endswith("//") or not _is_global(candidate.found):
+    before = candidate.before(40)
+    # A version of four numbers begins with a small one: there it has to be said that it is an address.
+    if _VERSION.search(before) or int(candidate.found.partition(".")[0]) < 30 and _HOSTS.last(before) < 0 and after[:1] != ":":
         return
     yield "ip", (candidate.start, candidate.end, 0.9)
 

@@ -23,9 +23,9 @@ _DIGITS = "0-9零〇○一二三四五六七八九幺壹贰叁肆伍陆柒捌玖
 # Long runs only, which no prose has: 一一 and 三十 stay what they are.
 _NUMERAL_RUN = re.compile(rf"[{_DIGITS}](?:[ \-]?[{_DIGITS}]){{6,}}")
 # Single letters, each followed by the same kind of gap. Nothing here can backtrack: every step takes exactly one form.
-_SPELT = re.compile(r"(?<![^\W_])[^\W\d_](?:[ .,_*~|/\-]{1,2}[^\W\d_](?![^\W_])){2,}")
-_SPELT_HAN = re.compile(r"[\u4e00-\u9fff](?:[ ._*~|/\-][\u4e00-\u9fff])+")
-_GAP = re.compile(r"[ .,_*~|/\-]+")
+_SPELT = re.compile(r"(?<![^\W_])[^\W\d_](?:[ .,_*~|/·•・\-]{1,2}[^\W\d_](?![^\W_])){2,}")
+_SPELT_HAN = re.compile(r"[\u4e00-\u9fff](?:[ ._*~|/·•・\-][\u4e00-\u9fff])+")
+_GAP = re.compile(r"[ .,_*~|/·•・\-]+")
 _LEET_WORD = re.compile(r"[A-Za-z0-9@$!|+]{4,24}")
 _LEET = {"0": "o", "1": "i", "3": "e", "4": "a", "5": "s", "7": "t", "@": "a", "$": "s", "!": "i", "|": "l", "+": "t"}
 _LEET_TABLES = (str.maketrans(_LEET), str.maketrans(_LEET | {"1": "l", "!": "l"}))
@@ -128,8 +128,8 @@ def _folded(char: str) -> str:
         return "-"
     if category in ("Zs", "Zl", "Zp"):
         return " " if category == "Zs" else "\n"
-    if category == "Nd":
-        return str(unicodedata.digit(char))
+    if (digit := unicodedata.digit(char, None)) is not None:  # of any script, circled, on a dark disc
+        return str(digit)
     plain = unicodedata.normalize("NFKC", _MARKS.sub("", unicodedata.normalize("NFKD", char)))
     return "".join(_latin(part) for part in plain)
 
