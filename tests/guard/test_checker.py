@@ -49,11 +49,19 @@ def test_patterns_can_mask_too():
     assert SafetyChecker(["Project [A-Z]+"], on_pattern="mask").filter("on Project ZEUS now") == "on [PATTERN] now"
 
 
-@pytest.mark.parametrize(("original", "found"), [
-    ("my pаsswоrd now", "pаsswоrd"), ("my ｐａｓｓｗｏｒｄ now", "ｐａｓｓｗｏｒｄ"), ("my p\u200bass\u2060word now", "p\u200bass\u2060word"),
-    ("my p.a.s.s.w.o.r.d now", "p.a.s.s.w.o.r.d"), ("my P@$$w0rd now", "P@$$w0rd"), ("my p\u0336a\u0336ssword\u0336 now", "p\u0336a\u0336ssword\u0336"),
-    ("😀 my \U0001d429assword", "\U0001d429assword"), ("my pass\u202eword\u202c!", "pass\u202eword\u202c"),
-])
+@pytest.mark.parametrize(
+    ("original", "found"),
+    [
+        ("my pаsswоrd now", "pаsswоrd"),
+        ("my ｐａｓｓｗｏｒｄ now", "ｐａｓｓｗｏｒｄ"),
+        ("my p\u200bass\u2060word now", "p\u200bass\u2060word"),
+        ("my p.a.s.s.w.o.r.d now", "p.a.s.s.w.o.r.d"),
+        ("my P@$$w0rd now", "P@$$w0rd"),
+        ("my p\u0336a\u0336ssword\u0336 now", "p\u0336a\u0336ssword\u0336"),
+        ("😀 my \U0001d429assword", "\U0001d429assword"),
+        ("my pass\u202eword\u202c!", "pass\u202eword\u202c"),
+    ],
+)
 def test_spans_are_those_of_the_text_as_it_was_given(original, found):
     (finding,) = SafetyChecker(ARTICLE).check(original).findings
     assert original[finding.start:finding.end] == found
@@ -73,14 +81,24 @@ def test_kinds_are_chosen():
     assert {"card", "email", "phone", "cn_id"} <= set(KINDS["pii"]) and "jwt" in KINDS["secret"]
 
 
-@pytest.mark.parametrize(("options", "said"), [
-    ({"block_patterns": r"(?i)password"}, "in brackets"), ({"block_patterns": [3]}, "a pattern is not a text"),
-    ({"block_patterns": [r"ok", r"(?<=a)b"]}, "block_patterns[1]"), ({"block_patterns": [r"(a)\1"]}, "invalid escape sequence"),
-    ({"block_patterns": [r"a(?=b)"]}, "no look-ahead"), ({"block_patterns": [r"(unclosed"]}, "missing )"),
-    ({"block_patterns": [r"x*"]}, "found everywhere"), ({"block_patterns": ["\ud800"]}, "cannot be used"),
-    ({"max_reject_score": 1.5}, "0 to 1"), ({"max_reject_score": "high"}, "0 to 1"), ({"pii": "hide"}, "mask"),
-    ({"kinds": ["emial"]}, "did you mean 'email'"), ({"labels": ["toxic"]}, "labels without a classifier"),
-])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"block_patterns": r"(?i)password"}, "in brackets"),
+        ({"block_patterns": [3]}, "a pattern is not a text"),
+        ({"block_patterns": [r"ok", r"(?<=a)b"]}, "block_patterns[1]"),
+        ({"block_patterns": [r"(a)\1"]}, "invalid escape sequence"),
+        ({"block_patterns": [r"a(?=b)"]}, "no look-ahead"),
+        ({"block_patterns": [r"(unclosed"]}, "missing )"),
+        ({"block_patterns": [r"x*"]}, "found everywhere"),
+        ({"block_patterns": ["\ud800"]}, "cannot be used"),
+        ({"max_reject_score": 1.5}, "0 to 1"),
+        ({"max_reject_score": "high"}, "0 to 1"),
+        ({"pii": "hide"}, "mask"),
+        ({"kinds": ["emial"]}, "did you mean 'email'"),
+        ({"labels": ["toxic"]}, "labels without a classifier"),
+    ],
+)
 def test_what_cannot_be_used_is_refused_at_once(options, said):
     with pytest.raises(OptionError) as caught:
         SafetyChecker(**options)
@@ -103,7 +121,9 @@ def test_configuration(tmp_path: Path):
     file = tmp_path / "guard.yaml"
     file.write_text("block_patterns: ['(?i)zeus']\nsecrets: block\nkinds: [email, aws_key]\n")
     checker = SafetyChecker.from_config(file)
-    assert checker.filter("Zeus") == REFUSAL and checker.filter("a@b.org, 4111 1111 1111 1111").startswith("[EMAIL], 4111")
+    assert checker.filter("Zeus") == REFUSAL and checker.filter("a@b.org, 4111 1111 1111 1111").startswith(
+        "[EMAIL], 4111"
+    )
     assert checker.filter("AKIA" + "QWERTYUIOPASDFGH") == REFUSAL
     assert SafetyChecker.from_config({"block_patterns": ["zeus"]}).filter("zeus") == REFUSAL
     with pytest.raises(OptionError, match="unknown option") as caught:
@@ -119,7 +139,9 @@ def test_configuration(tmp_path: Path):
         SafetyChecker.from_config(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("pattern", [r"(a+)+$", r"(a|aa)+$", r"(.*a){12}x", r"^(([a-z])+.)+[A-Z]([a-z])+$", r"a[^b]*b|a", r"(x+x+)+y"])
+@pytest.mark.parametrize(
+    "pattern", [r"(a+)+$", r"(a|aa)+$", r"(.*a){12}x", r"^(([a-z])+.)+[A-Z]([a-z])+$", r"a[^b]*b|a", r"(x+x+)+y"]
+)
 def test_a_pathological_pattern_cannot_stall_it(pattern):
     """Python's own engine takes longer than the age of the universe on most of these. The last but one looks to the end
     of the text for each of its matches: after so many, the rest counts as matched."""

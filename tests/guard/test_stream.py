@@ -10,7 +10,15 @@ from gazelle.base.errors import OptionError
 from gazelle.guard.checker import HOLD, REFUSAL
 from gazelle.guard.findings import masked
 
-FILLERS = ["Nothing to see here, move on. ", "今天天气很好，我们去公园玩吧。", "1 2 3 4 5 6 7 ", "x = f(a@b)\n", "\u200b\u200b ", "-- ", "4111 "]
+FILLERS = [
+    "Nothing to see here, move on. ",
+    "今天天气很好，我们去公园玩吧。",
+    "1 2 3 4 5 6 7 ",
+    "x = f(a@b)\n",
+    "\u200b\u200b ",
+    "-- ",
+    "4111 ",
+]
 
 
 def pieces(text, rng):
@@ -54,7 +62,12 @@ def test_every_split_in_two_of_a_blocked_span():
     for position in range(230, 290):
         stream = checker.stream()
         left = stream.feed(text[:position]) + stream.feed(text[position:])
-        assert stream.blocked and text.startswith(left) and len(left) <= text.index("C r e d") and stream.finish() == REFUSAL
+        assert (
+            stream.blocked
+            and text.startswith(left)
+            and len(left) <= text.index("C r e d")
+            and stream.finish() == REFUSAL
+        )
 
 
 def test_text_leaves_at_a_bounded_distance():
@@ -74,7 +87,9 @@ def test_a_long_key_waits_as_a_whole():
 
 
 def test_nothing_leaves_before_the_classifier_has_spoken():
-    checker = SafetyChecker(classifier=lambda texts: [{"label": "toxic", "score": float("bad" in text)} for text in texts])
+    checker = SafetyChecker(
+        classifier=lambda texts: [{"label": "toxic", "score": float("bad" in text)} for text in texts]
+    )
     stream = checker.stream()
     assert stream.feed("all is well " * 100) == "" and stream.feed("bad") == ""
     assert stream.finish() == REFUSAL and stream.blocked
@@ -84,7 +99,11 @@ def test_nothing_leaves_before_the_classifier_has_spoken():
 
 def test_invisible_characters_do_not_push_text_out():
     stream = SafetyChecker(["password"]).stream()
-    left = stream.feed("so it goes " * 30 + "pass") + "".join(stream.feed("\u200b" * 50) for _ in range(100)) + stream.feed("word. " + "so " * 99)
+    left = (
+        stream.feed("so it goes " * 30 + "pass")
+        + "".join(stream.feed("\u200b" * 50) for _ in range(100))
+        + stream.feed("word. " + "so " * 99)
+    )
     assert stream.blocked and "pass" not in left
 
 

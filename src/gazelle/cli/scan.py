@@ -22,7 +22,9 @@ def scan_command(data: str, against: str | None, out: Path | None, fail_on: Sequ
         raise OutputError("there is no folder for the report", where=str(out), found=f"nothing at {out.parent}",
                           expected="a file in a folder that exists", fix=f"mkdir -p {out.parent}")
     report = scan_data(data, against, threshold=threshold)
-    typer.echo(f"{report.rows:,} rows" + (f", and {report.against:,} of {against} to look for in them" if against else ""))
+    typer.echo(
+        f"{report.rows:,} rows" + (f", and {report.against:,} of {against} to look for in them" if against else "")
+    )
     for kind, count in report.counts.items():
         typer.echo(f"  {kind:<20}{count:>8,}")
     if not report.counts:

@@ -147,14 +147,17 @@ class _Scan:
         return self.report
 
     def _rows(self) -> Iterator[Row]:
-        count = 0
-        for count, row in enumerate(stream_rows(self.source, token=self.token), 1):
-            yield row
-        self.report.rows, count = count, 0
+        yield from self._counted("rows", stream_rows(self.source, token=self.token))
         if self.against is not None:
-            for count, row in enumerate(stream_rows(self.against, split="eval", token=self.token), 1):
-                yield row
-        self.report.against = count
+            yield from self._counted("against", stream_rows(self.against, split="eval", token=self.token))
+
+    def _counted(self, name: str, rows: Iterator[Row]) -> Iterator[Row]:
+        """Rows, whose number is in the report when the last has been read."""
+        number = 0
+        for row in rows:
+            number += 1
+            yield row
+        setattr(self.report, name, number)
 
     def _contents(self, texts: list[tuple[str, str]], where: str) -> None:
         for column, text in texts:
@@ -168,7 +171,9 @@ class _Scan:
         prompt = None if asked is None else digest(plain(asked))
         if key in rows:
             self.same.add(number)
-            kind, reason = ("leak", "the training data has the same row") if test else ("duplicate", "the same row again")
+            kind, reason = (
+                ("leak", "the training data has the same row") if test else ("duplicate", "the same row again")
+            )
             self._add(RowFinding(kind, self.places[number], reason, other=self.places[rows[key]]))
         elif test and prompt in prompts:
             self._add(RowFinding("leaked_prompt", self.places[number], "the training data has the same prompt",

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 # words takes. A single word, number or key waits as a whole.
 HOLD = 112
 DETECTORS: tuple[Detector, ...] = (*CREDENTIALS, *NUMBERS, *CONTACTS)
-KINDS = {group: tuple(dict.fromkeys(kind for detector in DETECTORS if detector.group == group for kind in detector.kinds))
-         for group in ("pii", "secret")}
+KINDS = {
+    group: tuple(dict.fromkeys(kind for detector in DETECTORS if detector.group == group for kind in detector.kinds))
+    for group in ("pii", "secret")
+}
 REFUSAL = "This text was withheld."
 # A match in letters that were put together or read out of digits is worth something from so many of them on.
 _DISGUISED, _DISGUISED_HAN = 4, 2
@@ -44,7 +46,7 @@ class SafetyChecker:
         on_pattern: the same for `block_patterns`.
         refusal: what `filter` returns in place of a blocked text.
         classifier: a Hugging Face text-classification model, as a folder or hub name (safetensors only), or a callable
-            that takes a list of texts and returns a list of {"label", "score"}, or of lists of them, as a pipeline does.
+            that takes a list of texts and returns for each {"label", "score"} or a list of them, as a pipeline does.
         labels: the classifier's labels that mean a text is unsafe. Default: all but those that say it is safe.
 
     Raises:
@@ -61,7 +63,11 @@ class SafetyChecker:
         if isinstance(block_patterns, str):
             raise OptionError("block_patterns is one text", where="block_patterns", found=repr(block_patterns),
                               expected="a list of regular expressions", fix="put it in brackets: [...]")
-        if isinstance(max_reject_score, bool) or not isinstance(max_reject_score, int | float) or not 0 <= max_reject_score <= 1:
+        if (
+            isinstance(max_reject_score, bool)
+            or not isinstance(max_reject_score, int | float)
+            or not 0 <= max_reject_score <= 1
+        ):
             raise OptionError("a score is a number from 0 to 1", where="max_reject_score", found=repr(max_reject_score),
                               expected="0 to 1", fix="leave it out for 0.8")
         for name, chosen in (("pii", pii), ("secrets", secrets), ("on_pattern", on_pattern)):
@@ -137,8 +143,8 @@ class SafetyChecker:
         return Verdict(all(one.action != "block" for one in findings), score, findings)
 
     def filter(self, text: str) -> str:
-        """`text` fit to pass on: `refusal` in place of the whole if anything blocks it, else `text` with every span that
-        is to be masked replaced by its kind, such as "[EMAIL]"; `text` itself if there is nothing."""
+        """`text` fit to pass on: `refusal` in place of the whole if anything blocks it, else `text` with its kind, such
+        as "[EMAIL]", in place of every span that is to be masked; `text` itself if there is nothing."""
         return self.apply(text, self.check(text))
 
     def apply(self, text: str, verdict: Verdict) -> str:

@@ -7,8 +7,30 @@ from typing import Any
 from gazelle.base.errors import ModelError, OptionError, nearest
 
 # Labels that say a text is fine; whatever else a model says counts against it.
-SAFE = frozenset({"safe", "ok", "okay", "neutral", "clean", "benign", "non-toxic", "nontoxic", "not_toxic", "not toxic", "normal",
-                  "none", "acceptable", "harmless", "no_injection", "legit", "legitimate", "无害", "正常", "安全"})
+SAFE = frozenset(
+    {
+        "safe",
+        "ok",
+        "okay",
+        "neutral",
+        "clean",
+        "benign",
+        "non-toxic",
+        "nontoxic",
+        "not_toxic",
+        "not toxic",
+        "normal",
+        "none",
+        "acceptable",
+        "harmless",
+        "no_injection",
+        "legit",
+        "legitimate",
+        "无害",
+        "正常",
+        "安全",
+    }
+)
 _BATCH = 8
 
 
@@ -78,7 +100,7 @@ class Classifier:
         if config.model_type in ("roberta", "xlm-roberta", "camembert"):
             limit = min(limit, config.max_position_embeddings - 2)  # their positions begin behind the padding's
         several = config.problem_type == "multi_label_classification"
-        pad = tokenizer.pad_token_id is not None and _BATCH or 1
+        pad = (tokenizer.pad_token_id is not None and _BATCH) or 1
 
         @torch.inference_mode()
         def judge(texts: list[str]) -> list[list[dict[str, Any]]]:
@@ -88,21 +110,33 @@ class Classifier:
                                     return_overflowing_tokens=True)["input_ids"]
                 worst = torch.zeros(len(names))
                 for first in range(0, len(windows), pad):
-                    batch = tokenizer.pad({"input_ids": windows[first:first + pad]}, return_tensors="pt") if pad > 1 else {
-                        "input_ids": torch.tensor(windows[first:first + 1])}
-                    logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits.float().cpu()
+                    batch = (
+                        tokenizer.pad({"input_ids": windows[first : first + pad]}, return_tensors="pt")
+                        if pad > 1
+                        else {"input_ids": torch.tensor(windows[first : first + 1])}
+                    )
+                    logits = (
+                        model(**{name: value.to(model.device) for name, value in batch.items()}).logits.float().cpu()
+                    )
                     chances = logits.sigmoid() if several or len(names) == 1 else logits.softmax(-1)
                     worst = torch.maximum(worst, chances.amax(0))
-                answers.append([{"label": name, "score": float(score)} for name, score in zip(names, worst, strict=True)])
+                answers.append(
+                    [{"label": name, "score": float(score)} for name, score in zip(names, worst, strict=True)]
+                )
             return answers
 
         return judge
 
     def _check(self, source: str, names: list[str]) -> None:
         if self._labels is None:
-            if all(name.startswith("LABEL_") for name in names) or all(map(self._unsafe, names)) and len(names) == 2:
-                raise ModelError("it cannot be told which of the classifier's labels mean unsafe", where=source,
-                                 found=", ".join(names), expected="labels=", fix=f"pass labels=[{names[-1]!r}], for example")
+            if all(name.startswith("LABEL_") for name in names) or (all(map(self._unsafe, names)) and len(names) == 2):
+                raise ModelError(
+                    "it cannot be told which of the classifier's labels mean unsafe",
+                    where=source,
+                    found=", ".join(names),
+                    expected="labels=",
+                    fix=f"pass labels=[{names[-1]!r}], for example",
+                )
             return
         for label in sorted(self._labels - set(names)):
             raise OptionError("the classifier has no such label", where="labels", found=label,

@@ -57,9 +57,11 @@ def _jwt(candidate: Candidate) -> Iterator[tuple[str, Span]]:
         yield "jwt", (candidate.start, candidate.end, 1.0)
 
 
-_PLACEHOLDER = re.compile(r"(?i)your|example|placeholder|changeme|change_me|dummy|xxxx|\*\*\*|\.\.\.|…|<|>|\$\{|\{\{|%\(|none$|null$|true$|"
-                          r"false$|redacted|required|optional|secret$|password$|string$|undefined|getenv|config\.|input|"
-                          r"process\.|environ|self\.|args\.|settings|token$|_here|insert|foobar|masked|hidden|请|你的|您的")
+_PLACEHOLDER = re.compile(
+    r"(?i)your|example|placeholder|changeme|change_me|dummy|xxxx|\*\*\*|\.\.\.|…|<|>|\$\{|\{\{|%\(|none$|null$|true$|"
+    r"false$|redacted|required|optional|secret$|password$|string$|undefined|getenv|config\.|input|"
+    r"process\.|environ|self\.|args\.|settings|token$|_here|insert|foobar|masked|hidden|请|你的|您的"
+)
 
 
 def entropy(text: str) -> float:
@@ -78,15 +80,22 @@ def _assigned(candidate: Candidate) -> Iterator[tuple[str, Span]]:
     letters, digits = any(char.isalpha() for char in value), any(char.isdigit() for char in value)
     signs = any(not char.isalnum() for char in value)
     if re.search(r"pass|pwd|密码|口令|passphrase", name):
-        if len(value) >= 6 and letters and (digits or signs and re.search(r"[!@#$%^&*+=~]", value)):
+        if len(value) >= 6 and letters and (digits or (signs and re.search(r"[!@#$%^&*+=~]", value))):
             yield "password", (start, end, 0.9)
-    elif len(value) >= 16 and letters and digits and entropy(value) >= 3.0 and re.fullmatch(r"[A-Za-z0-9+/=_.\-]+", value):
+    elif (
+        len(value) >= 16
+        and letters
+        and digits
+        and entropy(value) >= 3.0
+        and re.fullmatch(r"[A-Za-z0-9+/=_.\-]+", value)
+    ):
         yield "secret", (start, end, 0.9)
 
 
-_NAME = (r"api[_ -]?key|secret[_ -]?key|access[_ -]?key|access[_ -]?key[_ -]?secret|client[_ -]?secret|auth[_ -]?token|access[_ -]?token|"
-         r"secret[_ -]?access[_ -]?key|refresh[_ -]?token|api[_ -]?token|bearer|token|secret|app[_ -]?secret|private[_ -]?key|encryption[_ -]?key|"
-         r"account[_ -]?key|signing[_ -]?key|password|passwd|passphrase|pass|pwd|密码|口令|密钥|令牌")
+_NAME = (
+    r"(?:api|secret|access|private|encryption|account|signing)[_ -]?key|access[_ -]?key[_ -]?secret|bearer|token|secret|"
+    r"password|passwd|passphrase|pass|pwd|密码|口令|密钥|令牌"
+)
 _LINK = r"[\"'`]?[ \t]{0,3}(?::=|=>|=|:|\bis(?: now| still)?\b|\bwas\b|是|为|改成|设为| )[ \t]{0,3}[\"'`]?"
 
 
@@ -98,15 +107,33 @@ def _url(candidate: Candidate) -> Iterator[tuple[str, Span]]:
 
 
 CREDENTIALS = (
-    Detector("secret", _REASONS, r"\b(?:" + "|".join(begin for begin, _ in _FORMS.values()) + r")[A-Za-z0-9_\-.]", _form),
-    Detector("secret", {"jwt": "a signed web token: its header is one"},
-             r"\beyJ[A-Za-z0-9_\-]{8,400}\.[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]*)?", _jwt),
-    Detector("secret", {"private_key": "a private key"},
-             r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:\\n|\s)*(?:[A-Za-z\-]{1,20}: [^\n]{1,80}\n)*"
-             r"(?:\\n|\s)*[A-Za-z0-9+/=]{16}[A-Za-z0-9+/=\\\s]*(?:-----END [A-Z0-9 ]{0,40}-----)?"),
-    Detector("secret", {"password": "a password, told after the word", "secret": "a random value assigned to the name of a secret"},
-             rf"(?i)({_NAME}){_LINK}([!#-&(-+\-./0-:=?-_a-~]{{6,200}})", _assigned,
-             spelt=True),
-    Detector("secret", {"url_password": "a password in a URL"},
-             r"[a-z][a-z0-9+.\-]{1,20}://[^\s:/@\"'<>]{1,80}:([^\s/@\"'<>]{1,100})@", _url, ("://",)),
+    Detector(
+        "secret", _REASONS, r"\b(?:" + "|".join(begin for begin, _ in _FORMS.values()) + r")[A-Za-z0-9_\-.]", _form
+    ),
+    Detector(
+        "secret",
+        {"jwt": "a signed web token: its header is one"},
+        r"\beyJ[A-Za-z0-9_\-]{8,400}\.[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]*)?",
+        _jwt,
+    ),
+    Detector(
+        "secret",
+        {"private_key": "a private key"},
+        r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:\\n|\s)*(?:[A-Za-z\-]{1,20}: [^\n]{1,80}\n)*"
+        r"(?:\\n|\s)*[A-Za-z0-9+/=]{16}[A-Za-z0-9+/=\\\s]*(?:-----END [A-Z0-9 ]{0,40}-----)?",
+    ),
+    Detector(
+        "secret",
+        {"password": "a password, told after the word", "secret": "a random value assigned to the name of a secret"},
+        rf"(?i)({_NAME}){_LINK}([!#-&(-+\-./0-:=?-_a-~]{{6,200}})",
+        _assigned,
+        spelt=True,
+    ),
+    Detector(
+        "secret",
+        {"url_password": "a password in a URL"},
+        r"[a-z][a-z0-9+.\-]{1,20}://[^\s:/@\"'<>]{1,80}:([^\s/@\"'<>]{1,100})@",
+        _url,
+        ("://",),
+    ),
 )

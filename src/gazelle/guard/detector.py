@@ -30,7 +30,7 @@ class Candidate:
     def alone(self, glue: str = "") -> bool:
         """True unless ASCII letters, digits or one of `glue` go on at either end: no longer word is cut."""
         sides = self.text[max(0, self.start - 1):self.start], self.text[self.end:self.end + 1]
-        return not any(side and (side.isascii() and side.isalnum() or side in glue) for side in sides)
+        return not any(side and ((side.isascii() and side.isalnum()) or side in glue) for side in sides)
 
 
 class Words:

@@ -1,4 +1,4 @@
-"""Numbers that belong to a person: payment cards, accounts, national identifiers, each proved by its checksum or ranges.
+"""Numbers that belong to a person: payment cards, accounts, national identifiers, proved by check digits or ranges.
 
 Digits may be spelt apart or grouped as people group them. Checksums and registries are python-stdnum's.
 """
@@ -14,9 +14,11 @@ from gazelle.base.optional import require
 from gazelle.guard.detector import Candidate, Detector, Span, Words, named
 
 # Words before a number that say what it is. The nearer of the two kinds counts.
-_ORDINARY = Words(r"order|track|invoice|\bref\b|reference|ticket|serial|\bsku\b|isbn|imei|parcel|shipment|model|part n|\bcase\b",
-                  r"batch|product|issue|commit|build|version|timestamp|\bpo\b|\buid\b|\bid[:=# ]|#\z",
-                  "订单|单号|运单|快递|流水|编号|发票|货号|批次|型号|序列号|工号|学号")
+_ORDINARY = Words(
+    r"order|track|invoice|\bref\b|reference|ticket|serial|\bsku\b|isbn|imei|parcel|shipment|model|part n|\bcase\b",
+    r"batch|product|issue|commit|build|version|timestamp|\bpo\b|\buid\b|\bid[:=# ]|#\z",
+    "订单|单号|运单|快递|流水|编号|发票|货号|批次|型号|序列号|工号|学号",
+)
 _OF_CARD = Words("card|visa|amex|mastercard|american express|discover|unionpay|debit|credit", "卡|银联|信用|储蓄")
 _OF_SSN = Words(r"\bssn\b|social[ \-]security", "社会安全|社安")
 _OF_NINO = Words(r"\bnino?\b|national insurance", "国民保险")
@@ -41,7 +43,7 @@ _GROUP = re.compile(r"[0-9]+[Xx]?")
 
 
 def runs(candidate: Candidate, longest: int = 19) -> Iterator[Run]:
-    """Runs of whole groups with up to `longest` digits, longest first at each start, in time linear in the candidate."""
+    """Runs of whole groups with up to `longest` digits, longest first at each start; in linear time."""
     groups = [(found[0], *found.span()) for found in _GROUP.finditer(candidate.text, candidate.start, candidate.end)]
     for first, (part, start, _) in enumerate(groups):
         if len(part) == 1 and first and len(groups[first - 1][0]) == 1:
@@ -71,19 +73,36 @@ def _stdnum(module: str) -> Any:
 def _issuer(digits: str) -> bool:
     """Whether an issuer gives out cards that begin so and have this length."""
     size, two, three, four = len(digits), int(digits[:2]), int(digits[:3]), int(digits[:4])
-    return (digits[0] == "4" and size in (13, 16, 19) or (51 <= two <= 55 or 2221 <= four <= 2720) and size == 16
-            or two in (34, 37) and size == 15 or (four == 6011 or two == 65 or 644 <= three <= 649) and size in (16, 19)
-            or (two in (36, 38) or 300 <= three <= 305) and size == 14 or 3528 <= four <= 3589 and size in (16, 19)
-            or two == 62 and 16 <= size <= 19 or 2200 <= four <= 2204 and size == 16)
+    return (
+        (digits[0] == "4" and size in (13, 16, 19))
+        or ((51 <= two <= 55 or 2221 <= four <= 2720) and size == 16)
+        or (two in (34, 37) and size == 15)
+        or ((four == 6011 or two == 65 or 644 <= three <= 649) and size in (16, 19))
+        or ((two in (36, 38) or 300 <= three <= 305) and size == 14)
+        or (3528 <= four <= 3589 and size in (16, 19))
+        or (two == 62 and 16 <= size <= 19)
+        or (2200 <= four <= 2204 and size == 16)
+    )
 
 
 def _grouped(sizes: Sequence[int]) -> bool:
     """Groups as people write card numbers: one, all of a size but for the last, or 4-6-5 and 4-6-4."""
     return (len(sizes) == 1 or tuple(sizes) in ((4, 6, 5), (4, 6, 4))
-            or len(set(sizes[:-1])) == 1 and sizes[0] <= 5 and sizes[-1] <= sizes[0])
+            or (len(set(sizes[:-1])) == 1 and sizes[0] <= 5 and sizes[-1] <= sizes[0]))
 
 
-_PROVINCES = {*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66), 71, 81, 82, 83}
+_PROVINCES = {
+    *range(11, 16),
+    *range(21, 24),
+    *range(31, 38),
+    *range(41, 47),
+    *range(50, 55),
+    *range(61, 66),
+    71,
+    81,
+    82,
+    83,
+}
 
 
 def _card(run: Run, before: str) -> float | None:
@@ -92,13 +111,15 @@ def _card(run: Run, before: str) -> float | None:
     if not valid("luhn", run.digits):
         return None
     said = named(before, _OF_CARD, _ORDINARY)
-    if said is False or said is None and len(run.digits) in (13, 19) and run.digits[0] == "4" and len(run.sizes) == 1:
+    if said is False or (said is None and len(run.digits) in (13, 19) and run.digits[0] == "4" and len(run.sizes) == 1):
         return None  # identifiers of 19 digits are common, such cards are not
     return 1.0 if said or len(run.sizes) > 1 else 0.95
 
 
-def _chinese_id(run: Run, before: str) -> float | None:
-    if not re.fullmatch(r"[0-9]{17}[0-9Xx]", run.digits) or not (len(run.sizes) == 1 or run.sizes in ((6, 8, 4), (6, 4, 4, 4)) or set(run.sizes[:-1]) == {1}):
+def _chinese_id(run: Run, _before: str) -> float | None:
+    if not re.fullmatch(r"[0-9]{17}[0-9Xx]", run.digits) or not (
+        len(run.sizes) == 1 or run.sizes in ((6, 8, 4), (6, 4, 4, 4)) or set(run.sizes[:-1]) == {1}
+    ):
         return None
     # Not ric.is_valid: it knows no counties that are newer than its table.
     ric, digits = _stdnum("cn.ric"), run.digits.upper()
@@ -106,7 +127,7 @@ def _chinese_id(run: Run, before: str) -> float | None:
         born = ric.get_birth_date(digits)
     except _stdnum("exceptions").ValidationError:
         return None
-    is_one = int(digits[:2]) in _PROVINCES and 1900 <= born.year and ric.calc_check_digit(digits) == digits[-1]
+    is_one = int(digits[:2]) in _PROVINCES and born.year >= 1900 and ric.calc_check_digit(digits) == digits[-1]
     return 1.0 if is_one else None
 
 
@@ -115,7 +136,7 @@ def _ssn(run: Run, before: str) -> float | None:
         return None
     said = named(before, _OF_SSN, _ORDINARY)
     written = f"{run.digits[:3]}-{run.digits[3:5]}-{run.digits[5:]}"
-    if said is False or run.sizes != (3, 2, 4) and not said or not valid("us.ssn", written):
+    if said is False or (run.sizes != (3, 2, 4) and not said) or not valid("us.ssn", written):
         return None
     return 1.0 if said else 0.9
 

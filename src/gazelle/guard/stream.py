@@ -92,6 +92,6 @@ class GuardStream:
         limit = folded.origin(max(0, waits))
         settled = folded.origin(max(0, size - AFTER))
         for found in reversed(findings):  # from the end, so that spans that overlap wait together
-            if found.start < limit < found.end or settled < found.end and found.start < limit:
+            if found.start < limit < found.end or (settled < found.end and found.start < limit):
                 limit = found.start
         return limit

@@ -1,8 +1,8 @@
 """A text as a reader sees it: Unicode tricks undone, with the way back to the characters of the original.
 
-The folded view is what detectors read: compatibility forms (NFKC: full-width, circled, mathematical letters), look-alike
-letters of other scripts as Latin ones (Unicode's confusables), no accents, no invisible characters, Chinese numerals in
-long runs of digits as digits. Block patterns look at two more: letters spelt apart put together, and leet read as
+The folded view is what detectors read: compatibility forms (NFKC: full-width, circled, mathematical letters),
+look-alike letters of other scripts as Latin ones (Unicode's confusables), no accents, no invisible characters, Chinese
+numerals in long runs of digits as digits. Block patterns look at two more: letters spelt apart put together, and leet read as
 letters.
 """
 
@@ -31,7 +31,9 @@ _LEET = {"0": "o", "1": "i", "3": "e", "4": "a", "5": "s", "7": "t", "@": "a", "
 _LEET_TABLES = (str.maketrans(_LEET), str.maketrans(_LEET | {"1": "l", "!": "l"}))
 
 # Accents over Latin, Greek and Cyrillic, enclosing marks and variation selectors: vowels of other scripts are no marks.
-_MARKS = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f\U000e0100-\U000e01ef]+")
+_MARKS = re.compile(
+    "[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f\U000e0100-\U000e01ef]+"
+)
 _UNSEEN = "\u115f\u1160\u3164\uffa0\u2800"  # fillers of Hangul, and the empty Braille pattern
 
 
@@ -134,8 +136,10 @@ def _folded(char: str) -> str:
     return "".join(_latin(part) for part in plain)
 
 
-_LETTER = re.compile(r"(LATIN (?:SMALL|CAPITAL) LETTER|LATIN LETTER SMALL CAPITAL|REGIONAL INDICATOR SYMBOL LETTER) ([A-Z])"
-                     r"(?: WITH .+)?$")
+_LETTER = re.compile(
+    r"(LATIN (?:SMALL|CAPITAL) LETTER|LATIN LETTER SMALL CAPITAL|REGIONAL INDICATOR SYMBOL LETTER) ([A-Z])"
+    r"(?: WITH .+)?$"
+)
 
 
 def _latin(char: str) -> str:
