@@ -1,4 +1,4 @@
-"""Rows that are the same, or nearly, found in memory of about 300 bytes a row.
+"""Rows that are the same, or nearly, found in memory that does not grow with their length.
 
 Nearly the same: character 5-grams of the texts, in small letters and with white space made even, overlap by a Jaccard
 index of `threshold`. Pairs to compare are found by MinHash in bands (Broder 1997; Leskovec et al., Mining of Massive
@@ -55,8 +55,9 @@ class Bands:
     """Keys of rows, by which near ones are found: rows that share a key are likely to be near."""
 
     def __init__(self) -> None:
-        self._keys: list[NDArray[np.uint64]] = []
-        self._rows: list[int] = []
+        self._keys = np.empty((1024, BANDS), np.uint64)
+        self._rows = np.empty(1024, np.int64)
+        self._count = 0
 
     def add(self, row: int, hashed: Hashes) -> None:
         """Note a row by its hashes; rows come in ascending order."""
@@ -69,18 +70,22 @@ class Bands:
         for place in range(IN_BAND):
             keys = (keys ^ least[place::IN_BAND]) * np.uint64(0x9E3779B97F4A7C15)
             keys ^= keys >> np.uint64(29)
-        self._keys.append(keys)
-        self._rows.append(row)
+        if self._count == len(self._rows):
+            self._keys = np.concatenate([self._keys, np.empty_like(self._keys)])
+            self._rows = np.concatenate([self._rows, np.empty_like(self._rows)])
+        self._keys[self._count], self._rows[self._count] = keys, row
+        self._count += 1
 
     def candidates(self, most: int = 8) -> dict[int, list[int]]:
         """Row -> earlier rows that share a key with it, at most `most`, the first of each key and the one before it."""
-        rows, found = np.array(self._rows), dict[int, dict[int, None]]()
+        found = dict[int, dict[int, None]]()
         for band in range(BANDS):
-            keys = np.array([row[band] for row in self._keys])
+            keys = self._keys[:self._count, band]
             order = np.argsort(keys, kind="stable")
-            starts = np.flatnonzero(np.append(True, keys[order][1:] != keys[order][:-1]))
-            for first, last in zip(starts, np.append(starts[1:], len(keys)), strict=True):
-                group = rows[order[first:last]]
+            starts = np.flatnonzero(np.append(True, keys[order][1:] != keys[order][:-1])) if self._count else order
+            ends = np.append(starts[1:], self._count)
+            for first, last in zip(starts[ends - starts > 1], ends[ends - starts > 1], strict=True):
+                group = self._rows[order[first:last]]
                 for place in range(1, len(group)):
                     near = found.setdefault(int(group[place]), {})
                     near |= dict.fromkeys((int(group[0]), int(group[place - 1])))

@@ -165,7 +165,7 @@ class SafetyChecker:
             folded: its folded view.
             position: 1 for a part from the middle, whose first character is there to be looked back at.
         """
-        joined = together(folded)
+        joined = together(folded) if self.patterns or any(detector.spelt for detector in self._detectors) else None
         yield from self._matched(text, folded, joined, position)
         for detector in self._detectors:
             if detector.needs and not any(sign in folded.text for sign in detector.needs):

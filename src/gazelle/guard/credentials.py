@@ -93,8 +93,8 @@ def _assigned(candidate: Candidate) -> Iterator[tuple[str, Span]]:
 
 
 _NAME = (
-    r"(?:api|secret|access|private|encryption|account|signing)[_ -]?key|access[_ -]?key[_ -]?secret|bearer|token|secret|"
-    r"password|passwd|passphrase|pass|pwd|密码|口令|密钥|令牌"
+    r"(?:api|secret|access|private|encryption|account|signing)[_ -]?key|access[_ -]?key[_ -]?secret|bearer|token|"
+    r"secret|password|passwd|passphrase|pass|pwd|密码|口令|密钥|令牌"
 )
 _LINK = r"[\"'`]?[ \t]{0,3}(?::=|=>|=|:|\bis(?: now| still)?\b|\bwas\b|是|为|改成|设为| )[ \t]{0,3}[\"'`]?"
 

@@ -42,20 +42,24 @@ class Run:
 _GROUP = re.compile(r"[0-9]+[Xx]?")
 
 
+_LENGTHS = {9, *range(13, 20)}  # of what the checks know
+
+
 def runs(candidate: Candidate, longest: int = 19) -> Iterator[Run]:
-    """Runs of whole groups with up to `longest` digits, longest first at each start; in linear time."""
+    """Runs of whole groups with as many digits as a check knows, longest first at each start; in linear time."""
     groups = [(found[0], *found.span()) for found in _GROUP.finditer(candidate.text, candidate.start, candidate.end)]
     for first, (part, start, _) in enumerate(groups):
         if len(part) == 1 and first and len(groups[first - 1][0]) == 1:
             continue  # digits that are spelt apart begin where the first of them stands
         found: list[Run] = []
-        digits, sizes = "", ()
+        digits, sizes = "", tuple[int, ...]()
         for last in range(first, min(first + longest, len(groups))):
             part, _, end = groups[last]
             digits, sizes = digits + part, (*sizes, len(part))
             if len(digits) > longest:
                 break
-            found.append(Run(digits, sizes, start, end))
+            if len(digits) in _LENGTHS:
+                found.append(Run(digits, sizes, start, end))
         yield from reversed(found)
 
 
@@ -149,7 +153,7 @@ def _numbers(candidate: Candidate) -> Iterator[tuple[str, Span]]:
         return
     done = candidate.start
     for run in runs(candidate):
-        if run.start < done or len(run.digits) < 9:
+        if run.start < done:
             continue
         before = candidate.text[max(0, run.start - 40):run.start].rpartition("\n")[2].lower()
         for kind, check in _CHECKS:

@@ -2,8 +2,8 @@
 
 The folded view is what detectors read: compatibility forms (NFKC: full-width, circled, mathematical letters),
 look-alike letters of other scripts as Latin ones (Unicode's confusables), no accents, no invisible characters, Chinese
-numerals in long runs of digits as digits. Block patterns look at two more: letters spelt apart put together, and leet read as
-letters.
+numerals in long runs of digits as digits. Block patterns look at two more: letters spelt apart put together, and leet
+read as letters.
 """
 
 import functools
