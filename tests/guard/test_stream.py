@@ -112,3 +112,22 @@ def test_a_finished_stream_takes_no_more():
     assert (stream.feed("hello"), stream.finish(), stream.finish()) == ("", "hello", "")
     with pytest.raises(OptionError, match="finished"):
         stream.feed("more")
+
+
+@pytest.mark.parametrize("gap", [50, 300, 900])
+def test_patterns_that_match_long_texts(gap):
+    """What tells them has to be within `hold_back` of their beginning."""
+    text = "begin " + "and on " * (gap // 7) + "the end. " + "so be it. " * 60
+    checker = SafetyChecker([r"(?s)begin.*the end"], hold_back=1000)
+    stream, left, rest = streamed(checker, "well. " * 50 + text, random.Random(4))
+    assert stream.blocked and rest == REFUSAL and "begin" not in left
+    short = SafetyChecker([r"(?s)begin.*the end"])
+    stream = short.stream()
+    left = "".join(stream.feed(char) for char in "well. " * 50 + text)
+    rest = stream.finish()
+    assert not stream.verdict.allowed and rest == REFUSAL and ("begin" in left) == (gap > HOLD)
+
+
+def test_what_a_stream_keeps_back_is_enough():
+    with pytest.raises(OptionError, match="keep back more"):
+        SafetyChecker(hold_back=10)

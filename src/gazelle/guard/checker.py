@@ -48,6 +48,9 @@ class SafetyChecker:
         classifier: a Hugging Face text-classification model, as a folder or hub name (safetensors only), or a callable
             that takes a list of texts and returns for each {"label", "score"} or a list of them, as a pipeline does.
         labels: the classifier's labels that mean a text is unsafe. Default: all but those that say it is safe.
+        hold_back: how many visible characters a stream keeps back. Raise it if what tells that a block pattern matches
+            may stand further behind the beginning of the match: the beginning has left then, and only what follows is
+            kept back. Everything else that is looked for is told within the default, or waits as a whole.
 
     Raises:
         OptionError: an option or pattern that cannot be used; it says why.
@@ -59,7 +62,7 @@ class SafetyChecker:
     def __init__(self, block_patterns: Iterable[str] = (), max_reject_score: float = 0.8, *, pii: str = "mask",
                  secrets: str = "mask", kinds: Iterable[str] | None = None, on_pattern: Action = "block",
                  refusal: str = REFUSAL, classifier: "str | Path | Callable[..., Any] | None" = None,
-                 labels: Sequence[str] | None = None) -> None:
+                 labels: Sequence[str] | None = None, hold_back: int = HOLD) -> None:
         if isinstance(block_patterns, str):
             raise OptionError("block_patterns is one text", where="block_patterns", found=repr(block_patterns),
                               expected="a list of regular expressions", fix="put it in brackets: [...]")
@@ -74,6 +77,10 @@ class SafetyChecker:
             if chosen not in (*ACTIONS, "off"):
                 raise OptionError("unknown action", where=name, found=repr(chosen),
                                   expected=", ".join((*ACTIONS, "off")), fix=nearest(str(chosen), (*ACTIONS, "off")))
+        if isinstance(hold_back, bool) or not isinstance(hold_back, int) or hold_back < HOLD:
+            raise OptionError("a stream has to keep back more", where="hold_back", found=repr(hold_back),
+                              expected=f"at least {HOLD} characters", fix=f"leave it out for {HOLD}")
+        self.hold_back = hold_back
         self.patterns = tuple(block_pattern(source, number) for number, source in enumerate(block_patterns))
         self.max_reject_score, self.refusal = float(max_reject_score), refusal
         self._actions = {"pattern": on_pattern, "pii": pii, "secret": secrets, "classifier": "block"}
@@ -81,7 +88,6 @@ class SafetyChecker:
         self._detectors = tuple(detector for detector in DETECTORS if self.kinds & detector.kinds.keys()
                                 and self._actions[detector.group] != "off")
         self.classifier = self._load(classifier, labels)
-        self.reach = HOLD
 
     @staticmethod
     def _wanted(kinds: Iterable[str] | None) -> frozenset[str]:

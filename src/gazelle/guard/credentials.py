@@ -10,30 +10,30 @@ from collections.abc import Iterator
 from gazelle.guard.detector import Candidate, Detector, Span
 
 _WORD = "[A-Za-z0-9_\\-]"
-# kind -> (how it begins, all of it). The beginnings are those that the services document for secret scanners.
-_FORMS = {
-    "aws_key": ("A(?:KIA|SIA|BIA|CCA)", r"[A-Z2-7]{16}"),
-    "github_token": ("gh[pousr]_", r"[A-Za-z0-9]{36,255}"),
-    "github_token ": ("github_pat_", r"[A-Za-z0-9]{22}_[A-Za-z0-9]{59}"),
-    "gitlab_token": ("gl(?:pat|dt|rt|cbt)-", rf"{_WORD}{{20,64}}"),
-    "anthropic_key": ("sk-ant-", rf"[a-z0-9]{{3,8}}-{_WORD}{{40,200}}"),
-    "openai_key": ("sk-(?:proj|svcacct|admin|None)-", rf"{_WORD}{{32,200}}"),
-    "openai_key ": ("sk-", r"[A-Za-z0-9]{32,64}"),
-    "huggingface_token": ("hf_|api_org_", r"[A-Za-z0-9]{34,40}"),
-    "slack_token": ("xox[abeoprs]-|xapp-", r"[A-Za-z0-9\-]{20,250}"),
-    "slack_webhook": (r"hooks\.slack\.com/services/", r"T[A-Z0-9]{6,12}/B[A-Z0-9]{6,12}/[A-Za-z0-9]{16,32}"),
-    "stripe_key": ("[sr]k_(?:live|test)_", r"[A-Za-z0-9]{16,200}"),
-    "google_key": ("AIza", rf"{_WORD}{{35}}"),
-    "npm_token": ("npm_", r"[A-Za-z0-9]{36}"),
-    "pypi_token": ("pypi-AgE", rf"{_WORD}{{50,250}}"),
-    "sendgrid_key": (r"SG\.", rf"{_WORD}{{22}}\.{_WORD}{{43}}"),
-    "telegram_token": (r"[0-9]{8,10}:AA", rf"{_WORD}{{33}}"),
-    "aliyun_key": ("LTAI", r"[A-Za-z0-9]{12,20}"),
-    "tencent_key": ("AKID", r"[A-Za-z0-9]{32}"),
-    "digitalocean_token": ("do[opr]_v1_", r"[a-f0-9]{64}"),
-}
-_REASONS = {kind.strip(): f"a credential in the form of {kind.strip().replace('_', ' ')}s" for kind in _FORMS}
-_WHOLE = [(kind.strip(), re.compile(f"(?:{begin})({rest})")) for kind, (begin, rest) in _FORMS.items()]
+# (kind, how it begins, how it goes on). The beginnings are those that the services document for secret scanners.
+_FORMS = (
+    ("aws_key", "A(?:KIA|SIA|BIA|CCA)", r"[A-Z2-7]{16}"),
+    ("github_token", "gh[pousr]_", r"[A-Za-z0-9]{36,255}"),
+    ("github_token", "github_pat_", r"[A-Za-z0-9]{22}_[A-Za-z0-9]{59}"),
+    ("gitlab_token", "gl(?:pat|dt|rt|cbt)-", rf"{_WORD}{{20,64}}"),
+    ("anthropic_key", "sk-ant-", rf"[a-z0-9]{{3,8}}-{_WORD}{{40,200}}"),
+    ("openai_key", "sk-(?:proj|svcacct|admin|None)-", rf"{_WORD}{{32,200}}"),
+    ("openai_key", "sk-", r"[A-Za-z0-9]{32,64}"),
+    ("huggingface_token", "hf_|api_org_", r"[A-Za-z0-9]{34,40}"),
+    ("slack_token", "xox[abeoprs]-|xapp-", r"[A-Za-z0-9\-]{20,250}"),
+    ("slack_webhook", r"hooks\.slack\.com/services/", r"T[A-Z0-9]{6,12}/B[A-Z0-9]{6,12}/[A-Za-z0-9]{16,32}"),
+    ("stripe_key", "[sr]k_(?:live|test)_", r"[A-Za-z0-9]{16,200}"),
+    ("google_key", "AIza", rf"{_WORD}{{35}}"),
+    ("npm_token", "npm_", r"[A-Za-z0-9]{36}"),
+    ("pypi_token", "pypi-AgE", rf"{_WORD}{{50,250}}"),
+    ("sendgrid_key", r"SG\.", rf"{_WORD}{{22}}\.{_WORD}{{43}}"),
+    ("telegram_token", r"[0-9]{8,10}:AA", rf"{_WORD}{{33}}"),
+    ("aliyun_key", "LTAI", r"[A-Za-z0-9]{12,20}"),
+    ("tencent_key", "AKID", r"[A-Za-z0-9]{32}"),
+    ("digitalocean_token", "do[opr]_v1_", r"[a-f0-9]{64}"),
+)
+_REASONS = {kind: f"a credential in the form of {kind.replace('_', ' ')}s" for kind, _, _ in _FORMS}
+_WHOLE = [(kind, re.compile(f"(?:{begin})({rest})")) for kind, begin, rest in _FORMS]
 
 
 def _form(candidate: Candidate) -> Iterator[tuple[str, Span]]:
@@ -108,7 +108,7 @@ def _url(candidate: Candidate) -> Iterator[tuple[str, Span]]:
 
 CREDENTIALS = (
     Detector(
-        "secret", _REASONS, r"\b(?:" + "|".join(begin for begin, _ in _FORMS.values()) + r")[A-Za-z0-9_\-.]", _form
+        "secret", _REASONS, r"\b(?:" + "|".join(begin for _, begin, _ in _FORMS) + r")[A-Za-z0-9_\-.]", _form
     ),
     Detector(
         "secret",
