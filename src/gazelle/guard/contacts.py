@@ -35,52 +35,11 @@ def _email(candidate: Candidate) -> Iterator[tuple[str, Span]]:
     yield "email", (candidate.start, candidate.end, 1.0)
 
 
-_PROVIDERS = {
-    "qq",
-    "gmail",
-    "163",
-    "126",
-    "sina",
-    "foxmail",
-    "outlook",
-    "hotmail",
-    "yahoo",
-    "sohu",
-    "139",
-    "189",
-    "aliyun",
-}
-_COMMON = {
-    "the",
-    "a",
-    "an",
-    "this",
-    "that",
-    "these",
-    "those",
-    "my",
-    "your",
-    "our",
-    "his",
-    "her",
-    "their",
-    "its",
-    "work",
-    "home",
-    "all",
-    "any",
-    "some",
-    "every",
-    "each",
-    "one",
-    "least",
-    "most",
-    "once",
-    "noon",
-    "night",
-    "school",
-    "no",
-}
+_PROVIDERS = {"qq", "gmail", "163", "126", "sina", "foxmail", "outlook", "hotmail", "yahoo", "sohu", "139", "189",
+              "aliyun"}
+_COMMON = {"the", "a", "an", "this", "that", "these", "those", "my", "your", "our", "his", "her", "their", "its",
+           "work", "home", "all", "any", "some", "every", "each", "one", "least", "most", "once", "noon", "night",
+           "school", "no"}
 
 
 def _written_around(candidate: Candidate) -> Iterator[tuple[str, Span]]:
@@ -105,19 +64,8 @@ _NOT_CALLED = Words(
     r"population|[$¥€] ?\z|订单|单号|运单|快递|流水|编号|发票|货号|批次|型号|序列号|工号|学号|金额|余额|人口|时间戳",
     r"\bqq\b|群号|版本",
 )
-_SPOKEN = {
-    "zero": "0",
-    "oh": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "six": "6",
-    "seven": "7",
-    "eight": "8",
-    "nine": "9",
-}
+_SPOKEN = {"zero": "0", "oh": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
+           "seven": "7", "eight": "8", "nine": "9"}
 _REGIONS = ("US", "CN", "GB")
 
 
