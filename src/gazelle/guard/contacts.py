@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 from gazelle.base.optional import require
-from gazelle.guard.detector import Candidate, Detector, Span, Words, named
+from gazelle.guard.detector import DIGITS, Candidate, Detector, Span, Words, named
 
 _RESERVED = re.compile(r"(?:^|\.)(?:example(?:\.(?:com|org|net|edu))?|test|invalid|localhost|local|internal)$")
 _FILES = {"png", "jpg", "jpeg", "gif", "svg", "webp", "js", "ts", "css", "py", "rs", "go", "java", "so", "dll", "json",
@@ -165,7 +165,7 @@ CONTACTS = (
     Detector("pii", {"email": "an e-mail address"}, _PLAIN, _email, ("@",)),
     Detector("pii", {"email": "an e-mail address, written around"}, _AROUND, _written_around),
     Detector("pii", {"phone": "a telephone number of a plan that exists"},
-             r"(?:\+ ?|\()?[0-9](?:[ .\-()]{0,3}[0-9]){6,}", _phone),
+             r"(?:\+ ?|\()?[0-9](?:[ .\-()]{0,3}[0-9]){6,}", _phone, DIGITS),
     Detector("pii", {"phone": "a telephone number in words"},
              rf"(?i)\b(?:(?:{'|'.join(_SPOKEN)})[ ,.\-]{{1,2}}){{6,14}}(?:{'|'.join(_SPOKEN)})\b", _spoken),
     Detector("pii", {"ip": "a public IP address"}, r"[0-9]{1,3}(?:\.[0-9]{1,3}){3}", _ipv4, (".",)),

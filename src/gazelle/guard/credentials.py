@@ -115,12 +115,14 @@ CREDENTIALS = (
         {"jwt": "a signed web token: its header is one"},
         r"\beyJ[A-Za-z0-9_\-]{8,400}\.[A-Za-z0-9_\-]{8,}(?:\.[A-Za-z0-9_\-]*)?",
         _jwt,
+        ("eyJ",),
     ),
     Detector(
         "secret",
         {"private_key": "a private key"},
         r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----(?:\\n|\s)*(?:[A-Za-z\-]{1,20}: [^\n]{1,80}\n)*"
         r"(?:\\n|\s)*[A-Za-z0-9+/=]{16}[A-Za-z0-9+/=\\\s]*(?:-----END [A-Z0-9 ]{0,40}-----)?",
+        needs=("PRIVATE KEY",),
     ),
     Detector(
         "secret",

@@ -7,6 +7,7 @@ from typing import Any
 
 from gazelle.guard.patterns import compile_re2
 
+DIGITS = tuple("0123456789")
 # (start, end, score) of what is really there.
 Span = tuple[int, int, float]
 
@@ -63,7 +64,7 @@ class Detector:
         kinds: what it may find -> the reason that findings give.
         expression: RE2's; it proposes spans of bounded length, or ones that end where a run of its characters ends.
         check: kind and span of each thing in a candidate; None takes every candidate as the first kind, with score 1.
-        needs: characters one of which every match has: a text without them is not searched.
+        needs: strings one of which every match has: a text without them is not searched.
         spelt: look where letters that are spelt apart have been put together, too.
     """
 

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import Any
 
 from gazelle.base.optional import require
-from gazelle.guard.detector import Candidate, Detector, Span, Words, named
+from gazelle.guard.detector import DIGITS, Candidate, Detector, Span, Words, named
 
 # Words before a number that say what it is. The nearer of the two kinds counts.
 _ORDINARY = Words(
@@ -207,11 +207,11 @@ NUMBERS = (
     Detector("pii", {"card": "a payment card: issuer, length and check digit are right",
                      "cn_id": "a Chinese resident ID: region, date and check digit are right",
                      "us_ssn": "a US social security number, in ranges that are given out"},
-             r"[0-9](?:[ .\-_]{0,3}[0-9]){8,}(?:[ .\-]?[Xx]\b)?", _numbers),
+             r"[0-9](?:[ .\-_]{0,3}[0-9]){8,}(?:[ .\-]?[Xx]\b)?", _numbers, DIGITS),
     Detector("pii", {"iban": "a bank account (IBAN): country, length and check digits are right"},
-             r"(?i)\b[A-Z]{2}[0-9]{2}(?:[ \-]?[A-Z0-9]){11,30}", _iban),
+             r"(?i)\b[A-Z]{2}[0-9]{2}(?:[ \-]?[A-Z0-9]){11,30}", _iban, DIGITS),
     Detector("pii", {kind: f"a national identifier ({kind}): its check digits are right" for kind in _NATIONAL},
              "|".join(f"({form})" for form, _ in _NATIONAL.values()), _national),
     Detector("pii", {"uk_nino": "a British national insurance number"},
-             r"(?i)\b[ABCEGHJ-PRSTW-Z][ABCEGHJ-NPRSTW-Z] ?[0-9]{2} ?[0-9]{2} ?[0-9]{2} ?[A-D]\b", _nino),
+             r"(?i)\b[ABCEGHJ-PRSTW-Z][ABCEGHJ-NPRSTW-Z] ?[0-9]{2} ?[0-9]{2} ?[0-9]{2} ?[A-D]\b", _nino, DIGITS),
 )
