@@ -16,6 +16,7 @@ from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import say_once
 from gazelle.base.optional import OPTIONAL, require
 from gazelle.base.sizes import parse_bytes
+from gazelle.train.eval_options import EvalArguments, graders, settle_evaluation
 
 # Spellings that earlier releases of transformers and TRL took, and what they are called now.
 RENAMED = {
@@ -53,7 +54,7 @@ UNPAGED = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch",
 
 
 @dataclass
-class _SFTArguments(TrainingArguments):
+class _SFTArguments(EvalArguments, TrainingArguments):
     """The fields; `SFTConfig` adds the older spellings and the checks."""
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder for adapter, checkpoints and report."})
@@ -138,6 +139,7 @@ class SFTConfig(_SFTArguments):
         super().__init__(*args, **current_names(kwargs))
 
     def __post_init__(self) -> None:
+        settle_evaluation(self)
         check_values(self)
         if default_device() == "cpu":
             fit_to_cpu(self)
@@ -146,6 +148,10 @@ class SFTConfig(_SFTArguments):
         except ValueError as error:
             raise OptionError(str(error).splitlines()[0], where="SFTConfig",
                               fix="change the option named in the message") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers' own, with functions by their names."""
+        return super().to_dict() | {"eval_generate": list(graders(self)) or None}
 
 
 def fit_to_cpu(config: Any) -> None:
@@ -195,6 +201,8 @@ def with_options(args: TrainingArguments | None, options: dict[str, Any] | None 
     taken: dict[str, Any] = {}
     for option in dataclasses.fields(args) if args is not None else ():
         value = getattr(args, option.name, None)
+        if option.name == "per_device_eval_batch_size" and value == option.default:
+            continue  # nobody asked for transformers' eight, which may take more memory than training does
         if option.name in known:
             taken[option.name] = value
         elif option.init and value != option.default and option.default_factory is dataclasses.MISSING:

@@ -24,6 +24,7 @@ class Prepared:
 
     Attributes:
         conversations: the evaluation rows if there are any, else training's.
+        eval_conversations: those of each evaluation set, "" for one without a name; nothing of tokenised rows.
         sources: training data, evaluation data and formatting function, as they were passed.
         headers: what answers in texts were told by; None where texts are learnt throughout.
     """
@@ -35,6 +36,7 @@ class Prepared:
     conversations: list[Conversation] = field(default_factory=list)
     sources: tuple[Any, Any, Any] = (None, None, None)
     headers: Headers | None = None
+    eval_conversations: dict[str, list[Conversation]] = field(default_factory=dict)
 
 
 def prepare(
@@ -71,8 +73,9 @@ def encode_rows(
     if max_length is None:
         raise ValueError("encode_rows needs config.max_length")
     conversations: list[Conversation] = []
+    eval_conversations: dict[str, list[Conversation]] = {}
 
-    def encoded(source: Any, split: str) -> Encoded:
+    def encoded(source: Any, split: str, name: str = "") -> Encoded:
         if rows := encoded_already(source, max_length):
             return rows
         loaded = load_conversations(
@@ -84,6 +87,8 @@ def encode_rows(
         if config.chat_template or any(chat.text is None for chat in loaded.conversations):
             ensure_template(tokenizer, model_type, config.chat_template)  # raw text needs none, base models have none
         conversations[:] = loaded.conversations
+        if split == "eval":
+            eval_conversations[name] = loaded.conversations
         answers = None
         if headers is not None and all(chat.text is not None for chat in loaded.conversations):
             answers = ResponseSpans(headers, tokenizer, _turns_beside(source, loaded, split, config))
@@ -93,13 +98,13 @@ def encode_rows(
     train = None if train_dataset is None else encoded(train_dataset, "train")
     evaluation: Encoded | dict[str, Encoded] | None = None
     if isinstance(eval_dataset, Mapping):
-        evaluation = {name: encoded(source, "eval") for name, source in eval_dataset.items()}
+        evaluation = {name: encoded(source, "eval", name) for name, source in eval_dataset.items()}
     elif eval_dataset is not None:
         evaluation = encoded(eval_dataset, "eval")
     first_eval = next(iter(evaluation.values())) if isinstance(evaluation, dict) else evaluation
     report = data_report(train, first_eval) if train is not None else None
     sources = (train_dataset, eval_dataset, formatting_func)
-    return Prepared(train, evaluation, report, max_length, conversations, sources, headers)
+    return Prepared(train, evaluation, report, max_length, conversations, sources, headers, eval_conversations)
 
 
 def _turns_beside(source: Any, loaded: Loaded, split: str, config: SFTConfig) -> dict[str, Conversation]:
