@@ -163,3 +163,24 @@ def test_options() -> None:
     assert SFTConfig(per_device_eval_batch_size=5).per_device_eval_batch_size == 5
     assert with_options(TrainingArguments(per_device_train_batch_size=2)).per_device_eval_batch_size == 2
     assert set(METRICS) >= {"exact_match", "rougeL", "bleu", "chrf"}
+
+
+def test_rows_are_held_out_alike_at_each_start(bytes_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    def make(**options: Any) -> SFTTrainer:
+        args = SFTConfig(output_dir=str(tmp_path), eval_split=0.25, max_steps=2, disable_tqdm=True, max_length=128,
+                         save_strategy="steps", save_steps=1, report_samples=0, **options)
+        return SFTTrainer(small_llama(bytes_tokenizer), args, [*ROWS, ROWS[0]], None, bytes_tokenizer)
+
+    first = make()
+    assert first.args.eval_strategy == "epoch"
+    first.train()
+    again = make()
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for one, other in ((first.prepared.train, again.prepared.train), (first.prepared.eval, again.prepared.eval)):
+        assert one.examples == other.examples
+    assert first.prepared.report is not None and first.prepared.report.overlap_prompts == 0
+    page = (tmp_path / "report.html").read_text()
+    assert "rows held together: the same text 2, the same prompt 2" in page and "7 rows left" in page
+    with pytest.raises(OptionError, match="evaluation rows already"):
+        SFTTrainer(small_llama(bytes_tokenizer), SFTConfig(output_dir=str(tmp_path), eval_split=0.1), ROWS, ROWS,
+                   bytes_tokenizer)

@@ -34,11 +34,15 @@ def train(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Use a folder that holds an earlier run.")] = False,
+    eval_split: Annotated[
+        float | None, typer.Option("--eval-split", help="Hold out this share of the rows; rows alike stay together.")
+    ] = None,
 ) -> None:
     """Fine-tune as a recipe says."""
     from gazelle.cli.train import train_command
 
-    train_command(recipe, overrides or [], dry_run=dry_run, print_recipe=print_recipe, resume=resume,
+    overrides = [*(overrides or []), *([] if eval_split is None else [f"data.eval_split={eval_split}"])]
+    train_command(recipe, overrides, dry_run=dry_run, print_recipe=print_recipe, resume=resume,
                   overwrite=overwrite)
 
 

@@ -1,13 +1,13 @@
 """Answers to a sample of evaluation rows, graded while training goes on."""
 
 import contextlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from accelerate.utils import gather_object
 
 from gazelle.base.errors import OptionError
 from gazelle.data.conversation import Conversation
@@ -80,7 +80,11 @@ class Answers:
         with _same_randomness(model.device):
             mine = [(rank + processes * place, answer)
                     for place, answer in enumerate(self._answer(model, sample[rank::processes]))]
-            answers = [answer for _, answer in sorted(gather_object(mine) if processes > 1 else mine)]
+            everyone: list[Any] = [mine]
+            if processes > 1:
+                everyone = [None] * processes
+                torch.distributed.all_gather_object(everyone, mine)
+            answers = [answer for _, answer in sorted(itertools.chain(*everyone))]
             expected = [asked.expected for asked in sample]
             return {name: corpus_score(name, answers, expected) if metric is None else
                     sum(float(metric(said, wanted)) for said, wanted in zip(answers, expected, strict=True))

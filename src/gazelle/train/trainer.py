@@ -46,6 +46,7 @@ from gazelle.train.step import GraphedStep, refuses_graph
 from gazelle.train.stopwatch import Stopwatch
 from gazelle.train.strategies.batching import enable_dynamic_batching
 from gazelle.train.strategies.incremental import with_replay
+from gazelle.train.trackers import tracked
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -200,7 +201,7 @@ class SFTTrainer(Pushes, EvaluatingTrainer):
         began = self._logged_at = time.perf_counter()
         try:
             planned = contextlib.nullcontext() if self.plan is None else self.plan.in_force(self.model, self._stopwatch)
-            with self._packed_attention(), self._held, planned:
+            with tracked(self, resume), self._packed_attention(), self._held, planned:
                 if self._use_cache_before is not None:
                     self.model.config.use_cache = False
                 result = self.train_on(resume, **kwargs)
