@@ -23,7 +23,7 @@ KINDS = ("none", "loss", "generate")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=32, help="evaluation rows, of which so many are answered, too")
+    parser.add_argument("--rows", type=int, default=16, help="evaluation rows, of which so many are answered, too")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--one", choices=KINDS, help="measure one run in this process, and print it")
     options = parser.parse_args()
@@ -59,7 +59,7 @@ def measured(kind: str, steps: int, rows: int) -> dict[str, Any]:
                    for name in ("train", "test"))
     chosen: dict[str, Any] = {} if kind == "none" else {"eval_strategy": "steps", "eval_steps": 1}
     if kind == "generate":
-        chosen |= {"eval_generate": ["exact_match", "rougeL", "chrf"], "eval_samples": rows, "eval_max_new_tokens": 32}
+        chosen |= {"eval_generate": ["exact_match", "rougeL", "chrf"], "eval_samples": rows, "eval_max_new_tokens": 16}
     with tempfile.TemporaryDirectory() as folder:
         args = SFTConfig(output_dir=folder, max_steps=steps, per_device_train_batch_size=8, report=False,
                          disable_tqdm=True, save_strategy="no", logging_steps=1, **chosen)

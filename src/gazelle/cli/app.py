@@ -127,6 +127,19 @@ def plan(
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that training wrote; runs may still be going.")],
+    plot: Annotated[Path | None, typer.Option("--plot", help="PNG file to draw the curves in.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="HTML file for table and curves.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures and settings as JSON.")] = False,
+) -> None:
+    """Put several runs side by side: what differs, what came of it, and their curves in one picture."""
+    from gazelle.cli.compare import compare_command
+
+    compare_command(runs, plot, html, json=as_json)
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine: versions, devices, a kernel really run, memory, optional parts."""
     from gazelle.cli.doctor import doctor_command
