@@ -2,13 +2,13 @@
 
     python -m benchmarks.eval_memory [--steps 2] [--out benchmarks/results/eval_memory.json]
 
-Each run is a process of its own, since the largest resident size of a process never falls. "allocated" is what torch's
-allocator holds at most above what it held before the first step, as its profiler reports each allocation.
+Each run is a process of its own. "peak" is the largest resident size while `trainer.train()` runs, "taken" what that is
+above the size before it: what training, with or without evaluation, takes beside the loaded model. Linux only.
 """
 
 import argparse
+import gc
 import json
-import resource
 import subprocess
 import sys
 import tempfile
@@ -33,7 +33,7 @@ def main() -> None:
     runs = {kind: child(kind, options) for kind in KINDS}
     for kind in KINDS[1:]:
         runs[kind]["added"] = {name: round(runs[kind][name] / runs["none"][name] - 1, 4)
-                               for name in ("resident_gb", "allocated_gb")}
+                               for name in ("peak_gb", "taken_gb")}
     from gazelle.base.machine import machine_facts
 
     result = {"model": "SmolLM2-135M-Instruct", "steps": options.steps, "evaluation_rows": options.rows, "runs": runs,
@@ -64,25 +64,24 @@ def measured(kind: str, steps: int, rows: int) -> dict[str, Any]:
         args = SFTConfig(output_dir=folder, max_steps=steps, per_device_train_batch_size=8, report=False,
                          disable_tqdm=True, save_strategy="no", logging_steps=1, **chosen)
         trainer = SFTTrainer(model, args, train, test[:rows], tokenizer)
-        allocated = peak_allocated(trainer.train)
+        before, peak = peak_of(trainer.train)
         metrics = (Path(folder) / "metrics.jsonl").read_text().splitlines()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     last = [entry for entry in map(json.loads, metrics) if "eval_loss" in entry][-1:]
-    return {"resident_gb": round(peak / 1e9, 4), "allocated_gb": round(allocated / 1e9, 4), "evaluated": last}
+    return {"peak_gb": round(peak / 1e9, 4), "taken_gb": round((peak - before) / 1e9, 4), "evaluated": last}
 
 
-def peak_allocated(work: Any) -> int:
-    """Bytes that torch holds at most above what it held before `work`, of its own accounts."""
-    from torch.profiler import ProfilerActivity, profile
+def peak_of(work: Any) -> tuple[int, int]:
+    """Bytes resident before `work`, and at most while it runs: Linux forgets the earlier peak when it is asked to."""
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = status("VmRSS")
+    work()
+    return before, status("VmHWM")
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        work()
-    held = most = 0
-    for event in sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+
+def status(name: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

@@ -77,6 +77,7 @@ def test_curves_are_those_of_the_files(folders: tuple[Path, Path]) -> None:
     (lambda folder: folder / "nowhere", "no such folder"),
     (lambda folder: folder.parent, "no metrics.jsonl"),
     (lambda folder: folder, "named twice"),
+    (lambda folder: (folder.parent / "metrics.jsonl").write_text("3\n") and folder.parent, "no log entry"),
 ])
 def test_folders_that_are_no_runs(folders: tuple[Path, Path], spoil: Callable[[Path], Any], said: str,
                                   capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,12 +8,14 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
 from gazelle import SFTConfig, SFTTrainer
 from gazelle.base.errors import MissingDependencyError, OptionError
+from gazelle.train.trackers import check_trackers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SECRET = "hf_nobodymayseethis"
@@ -170,6 +172,28 @@ def test_a_missing_package_is_said_before_anything(name: str, extra: str, monkey
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(MissingDependencyError, match=rf"pip install gazelle\[{extra}\]"):
         SFTConfig(report_to=name)
+
+
+@pytest.mark.parametrize(("key", "machine", "mode"), [("", "", "offline"), ("k", "", None), ("", "api.wandb.ai", None),
+                                                      ("", "elsewhere.example", "offline")])
+def test_wandb_stays_offline_without_a_key(key: str, machine: str, mode: str | None, tmp_path: Path,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", ModuleType("wandb"))
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    if machine:
+        (tmp_path / "netrc").write_text(f"machine {machine} login user password p\n")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    check_trackers("wandb")
+    assert os.environ.get("WANDB_MODE") == mode
+
+
+def test_a_second_run_of_a_trainer_is_another_one(quick: Callable[..., SFTTrainer], tmp_path: Path) -> None:
+    trainer = quick(report_to="tensorboard")
+    trainer.train()
+    first = trainer.args.run_name
+    trainer.train()
+    assert trainer.args.run_name != first and len(list((tmp_path / "out" / "runs").iterdir())) == 2
 
 
 def test_an_unknown_tracker() -> None:

@@ -12,6 +12,7 @@ import yaml
 
 from gazelle.base.errors import OptionError
 from gazelle.base.files import write_text
+from gazelle.data.text_metrics import METRICS
 from gazelle.models.record import read_record
 from gazelle.train.checkpoint import checkpoints
 from gazelle.train.metrics import eval_history, is_eval_loss, read_metrics
@@ -121,6 +122,10 @@ def _read(folder: Path, name: str) -> Run:
     if not folder.is_dir() or not (folder / "metrics.jsonl").is_file():
         raise OptionError("this is no run", where=str(folder), found="no metrics.jsonl" if folder.is_dir() else
                           "no such folder", expected="a folder that training wrote", fix="name the run's output_dir")
+    if not all(isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in metrics):
+        raise OptionError("the metrics of a run cannot be read", where=str(folder / "metrics.jsonl"),
+                          found="a line that is no log entry", expected="one JSON object with a step a line",
+                          fix="leave this run out")
     record = read_record(folder).get("run") or {}
     settings = dict(record.get("settings") or [])
     settings |= {key: value for key, value in _recipe(folder).items() if key.rpartition(".")[2] not in settings}
@@ -141,8 +146,10 @@ def _figures(folder: Path, metrics: list[dict[str, Any]], facts: dict[str, str])
     for owner, figures in eval_history(metrics).items():
         for name, values in figures.items():
             what = " ".join(filter(None, ("evaluation", owner, name)))
-            best = (min if name in ("loss", "perplexity") else max)(value for _, value in values)
-            found |= {what: values[-1][1], f"best {what}": best}
+            found[what] = values[-1][1]
+            if name in METRICS or name in ("loss", "perplexity"):  # of a script's own nobody knows what is better
+                best = (max if name in METRICS else min)(value for _, value in values)
+                found[f"best {what}"] = best
     speeds = [entry["tokens_per_second"] for entry in metrics if entry.get("tokens_per_second") is not None]
     if speeds:
         found["tokens per second"] = sum(speeds) / len(speeds)

@@ -136,6 +136,7 @@ class SFTConfig(_SFTArguments):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.tracked_facts: dict[str, Any] = {}  # of the run, for trackers: what the memory plan says
+        self.tracked_name: str | None = None  # that was made up for a run without a run_name
         super().__init__(*args, **current_names(kwargs))
 
     def __post_init__(self) -> None:

@@ -62,8 +62,10 @@ def tracked(trainer: Any, resume: Path | None) -> Iterator[None]:
     record = _read(folder) if resume is not None else {}
     folder.mkdir(parents=True, exist_ok=True)
     record.setdefault("id", secrets.token_hex(4))
+    chosen = args.run_name if args.run_name != args.tracked_name else None
     # Trackio goes on with a run of the same name, so that a new run needs a new one.
-    record["name"] = args.run_name = args.run_name or record.get("name") or f"{folder.resolve().name}-{record['id']}"
+    record["name"] = chosen or record.get("name") or f"{folder.resolve().name}-{record['id']}"
+    args.run_name = args.tracked_name = record["name"]
     args.tracked_facts = {} if trainer.plan is None else {f"plan/{what}": said for what, said in trainer.plan.lines()}
     variables = {"WANDB_RUN_ID": record["id"], "WANDB_RESUME": "allow"}
     if "mlflow" in record:
@@ -102,6 +104,7 @@ def _note_mlflow(callback: Any, folder: Path, record: dict[str, str]) -> None:
             write_text(folder / _RECORD, json.dumps(record | {"mlflow": active.info.run_id}, indent=1) + "\n")
 
     callback.setup = setup
+    callback._initialized = False  # an earlier call of train() has ended its run
 
 
 def _read(folder: Path) -> dict[str, str]:
@@ -112,9 +115,10 @@ def _read(folder: Path) -> dict[str, str]:
 def _logged_in() -> bool:
     if os.environ.get("WANDB_API_KEY"):
         return True
+    files = [os.environ.get("NETRC"), *(Path.home() / name for name in (".netrc", "_netrc"))]
     try:
-        known = netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
+        known = netrc.netrc(next(str(file) for file in files if file and Path(file).exists())).hosts
+    except (StopIteration, OSError, netrc.NetrcParseError):
         return False
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
     return host in known
