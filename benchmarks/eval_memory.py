@@ -1,6 +1,6 @@
 """What evaluation adds to the peak memory of training: the demo model on a CPU, with and without.
 
-    python -m benchmarks.eval_memory [--steps 2] [--out benchmarks/results/eval_memory.json]
+    python -m benchmarks.eval_memory [--steps 2] [--only loss generate] [--out benchmarks/results/eval_memory.json]
 
 Each run is a process of its own. "peak" is the largest resident size while `trainer.train()` runs, "taken" what that is
 above the size before it: what training, with or without evaluation, takes beside the loaded model. Linux only.
@@ -26,12 +26,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=16, help="evaluation rows, of which so many are answered, too")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--one", choices=KINDS, help="measure one run in this process, and print it")
+    parser.add_argument("--only", choices=KINDS, nargs="+", help="measure these again, and keep the others")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measured(options.one, options.steps, options.rows)))
         return
-    runs = {kind: child(kind, options) for kind in KINDS}
-    for kind in KINDS[1:]:
+    kept = json.loads(options.out.read_text())["runs"] if options.only and options.out.exists() else {}
+    runs = kept | {kind: child(kind, options) for kind in options.only or KINDS}
+    for kind in runs.keys() & KINDS[1:] if "none" in runs else ():
         runs[kind]["added"] = {name: round(runs[kind][name] / runs["none"][name] - 1, 4)
                                for name in ("peak_gb", "taken_gb")}
     from gazelle.base.machine import machine_facts

@@ -87,7 +87,8 @@ def tracked(trainer: Any, resume: Path | None) -> Iterator[None]:
 
 def _go_on_with_events(callback: Any, folder: Path, resume: Path | None) -> None:
     """One folder of events a run; what was logged behind the checkpoint is taken back."""
-    callback.logging_dir = callback.logging_dir or str(folder)
+    if "TENSORBOARD_LOGGING_DIR" not in os.environ:
+        callback.logging_dir = str(folder)
     writer = callback._SummaryWriter
     if resume is not None and isinstance(writer, type):
         step = json.loads((resume / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
