@@ -95,7 +95,8 @@ def encode_rows(
             eval_conversations[name] = loaded.conversations
         answers = None
         if headers is not None and all(chat.text is not None for chat in loaded.conversations):
-            beside = _turns_beside(source if origin is None else origin, loaded, split, config)
+            whole, part = (source, split) if origin is None else (origin, "train")  # of which this is a part
+            beside = _turns_beside(whole, loaded, part, config)
             answers = ResponseSpans(headers, tokenizer, beside)
         return encode(loaded.conversations, tokenizer, max_length=max_length, train_on=config.train_on,
                       source=loaded.source, format=loaded.format, unused=loaded.unused, answers=answers)
