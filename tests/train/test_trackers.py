@@ -115,7 +115,7 @@ def test_wandb(two_parts: Any, tmp_path: Path) -> None:
     wandb = pytest.importorskip("wandb")
     trainer, folder = two_parts("wandb")
     assert wandb.run.settings.mode == "offline" and wandb.run.name == trainer.args.run_name
-    wandb.finish()
+    wandb.teardown()  # waits until all is written
     ids, figures, settings, steps = set(), set(), {}, []
     for path in tmp_path.rglob("*.wandb"):
         for record in wandb_records(path):
