@@ -159,7 +159,7 @@ class SFTTrainer(Pushes, SurvivingTrainer):
             self.add_callback(self._progress)
         if replayed is not None:
             self.add_callback(replayed)
-        self.guard(config)
+        self.guard(config, self.prepared.report)
         self._stopwatch = Stopwatch(self.args.device, lambda: self.tokens, lambda: self.evaluating)
         self.add_callback(self._stopwatch)
         self._window: Window | None = None
