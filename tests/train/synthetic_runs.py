@@ -1,7 +1,8 @@
 """Logs of runs as they look: noisy training loss, a few evaluations, gradient norms, a schedule of the learning rate.
 
-Noise of a log line is lognormal with a heavy tail (Student's t with eight degrees of freedom), as means over few rows
-are; evaluations, always over the same rows, wander by half a percent.
+Noise of a log line is lognormal with a heavy tail (Student's t with eight degrees of freedom, cut at four deviations:
+farther out is a spike by any account), as means over few rows are; evaluations, always over the same rows, wander by
+half a percent.
 """
 
 import math
@@ -43,7 +44,7 @@ def log_of(loss: Shape, *, seed: int, held: Shape | None = None, evals: int = 3,
         done = step / steps
         if step % every == 0:
             line = step // every - 1
-            wild = math.exp(noise * math.sqrt(6 / 8) * random.standard_t(8))
+            wild = math.exp(noise * float(np.clip(math.sqrt(6 / 8) * random.standard_t(8), -4, 4)))
             entries.append({
                 "step": step, "epoch": epochs * done, "loss": loss(done) * wild * (jumps or {}).get(line, 1.0),
                 "grad_norm": norm(done) * math.exp(0.3 * random.normal()) * (norm_jumps or {}).get(line, 1.0),

@@ -111,7 +111,7 @@ def halves(values: Floats) -> tuple[float, float, float]:
 
 
 def smooth(values: Floats, width: int = 3) -> Floats:
-    """Medians of `width` neighbours; the values themselves where there are fewer."""
+    """Medians of `width` neighbours, five or more to a width; the values themselves where there are fewer."""
     if len(values) < width:
         return values
-    return np.median(np.lib.stride_tricks.sliding_window_view(values, width), axis=1)
+    return np.median(np.lib.stride_tricks.sliding_window_view(values, width)[::max(1, width // 5)], axis=1)

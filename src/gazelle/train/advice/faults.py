@@ -53,7 +53,7 @@ def divergence(curves: Curves, facts: Facts) -> Said:
     before, recent = losses[:-RISEN], losses[-RISEN:]
     if len(before) < SETTLED:
         return None
-    level = float(smooth(before, min(5, len(before))).min())
+    level = float(smooth(before, max(5, len(before) // 20)).min())  # the more lines, the lower the luckiest few
     rise = level * (RISE_ORDERED if facts.ordered else RISE)
     limit = level + max(rise, RISE_NATS, RISE_NOISE * noise(losses[-50:]))
     if not (recent > limit).all():
@@ -86,8 +86,8 @@ def spike(curves: Curves, facts: Facts) -> Said:
                 what = "loss" if name == "loss" else "gradient norm"
                 remedy = f"set max_grad_norm to 0.3{lower}" if name == "loss" else (
                     f"set max_grad_norm to {short(3 * middle)}, three times the usual norm")
-                return (f"the {what} jumped from {middle:.3g} to {values[at]:.3g} at step {steps[at]:.0f} and came "
-                        "back", f'look at the rows of that step, and {remedy}; on_spike="rollback" undoes such steps')
+                seen = f"the {what} jumped from {middle:.3g} to {values[at]:.3g} at step {steps[at]:.0f} and came back"
+                return seen, f'look at the rows of that step, and {remedy}; on_spike="rollback" undoes such steps'
     return None
 
 
@@ -115,8 +115,9 @@ def overfitting(curves: Curves, facts: Facts) -> Said:
         which = f" on {set_name}" if set_name else ""
         remedy = ("keep the best checkpoint (load_best_model_at_end=True, metric_for_best_model=\"eval_loss\", "
                   f"save_strategy as eval_strategy), {fewer(epochs[at], facts)}, or set lora_dropout to 0.05")
-        return (f"held-out loss{which} was {least:.3g} at step {steps[at]:.0f} and is {evals[-1]:.3g} now, while "
-                f"training loss went from {then:.3g} to {now:.3g}", remedy)
+        seen = (f"held-out loss{which} was {least:.3g} at step {steps[at]:.0f} and is {evals[-1]:.3g} now, while "
+                f"training loss went from {then:.3g} to {now:.3g}")
+        return seen, remedy
     return None
 
 
@@ -124,8 +125,8 @@ def too_little_data(curves: Curves, facts: Facts) -> Said:
     """There are hardly any rows, or epochs after the first only learn rows by heart."""
     rows, tokens = facts.examples, facts.labelled_tokens
     if rows is not None and rows < FEW_ROWS and (tokens is None or tokens < FEW_TOKENS) and len(curves):
-        return (f"there are {rows} rows" + (f" with {tokens:,} tokens to learn" if tokens is not None else ""),
-                f"collect at least {2 * FEW_ROWS} rows, better 1,000; until then this learns these rows by heart")
+        seen = f"there are {rows} rows" + (f" with {tokens:,} tokens to learn" if tokens is not None else "")
+        return seen, f"collect at least {2 * FEW_ROWS} rows, better 1,000; until then it learns these rows by heart"
     _, losses = curves.finite()
     if (rows is not None and rows > ENOUGH_ROWS) or len(losses) < 5:
         return None
@@ -136,9 +137,9 @@ def too_little_data(curves: Curves, facts: Facts) -> Said:
         if not len(first) or not len(later) or now >= GAP * evals[-1]:
             continue
         if later.min() > (1 - GAINED) * first.min() and evals[-1] <= (1 + OVER) * evals.min():
-            return (f"training loss is {now:.3g} and held-out loss {evals[-1]:.3g}, and the epochs after the first "
-                    f"gained {max(0.0, 1 - later.min() / first.min()):.1%} held out: rows are learnt by heart",
-                    "add rows (twice as many, of other kinds), or set num_train_epochs to 1; a larger r would not help")
+            seen = (f"training loss is {now:.3g} and held-out loss {evals[-1]:.3g}, and the epochs after the first "
+                    f"gained {max(0.0, 1 - later.min() / first.min()):.1%} held out: rows are learnt by heart")
+            return seen, "add rows (twice as many, of other kinds), or set num_train_epochs to 1; a larger r is no help"
     return None
 
 
@@ -152,14 +153,15 @@ def loss_near_zero(curves: Curves, facts: Facts) -> Said:
         return None
     epoch = curves["epoch"][-1]
     if epoch < 1:
-        remedy = ("look at what is labelled (gazelle train RECIPE --dry-run shows the first row): an answer that stands "
-                  "in the prompt, or rows that are all alike, need no training")
+        remedy = ("look at what is labelled (gazelle train RECIPE --dry-run shows the first row): an answer that is in "
+                  "the prompt, or rows that are all alike, need no training")
     else:
         remedy = f"{fewer(epoch, facts)}, or add rows: those that are there are known"
     held = [float(evals[-1]) for _, evals, _ in curves.evals().values()]
     said = f"; held-out loss is {max(held):.3g}" if held else ""
-    return (f"training loss is {now:.2g} after {steps[-1]:.0f} of {facts.max_steps} steps, and the rest has nothing to "
-            f"learn from{said}", remedy)
+    seen = (f"training loss is {now:.2g} after {steps[-1]:.0f} of {facts.max_steps} steps, and the rest has nothing to "
+            f"learn from{said}")
+    return seen, remedy
 
 
 def plateau(curves: Curves, facts: Facts) -> Said:
@@ -179,8 +181,8 @@ def plateau(curves: Curves, facts: Facts) -> Said:
         moving = abs(start - now) > max(UNMOVED / 4 * start, 2 * error)
         if farthest + error < UNMOVED * start and not moving and not held_out_gains(curves, steps[0], UNMOVED):
             more = f"set learning_rate to {short(5 * rate)} (five times)" if rate > 0 else "raise learning_rate"
-            return (f"the loss was {start:.3g} at the beginning and is {now:.3g}: it has not moved",
-                    f"{more}, and look at what is labelled (gazelle train RECIPE --dry-run)")
+            seen = f"the loss was {start:.3g} at the beginning and is {now:.3g}: it has not moved"
+            return seen, f"{more}, and look at what is labelled (gazelle train RECIPE --dry-run)"
     window = high & (steps >= steps[-1] - LONG * total)
     if steps[window][0] > steps[-1] - 0.95 * LONG * total or window.sum() < LEAST_LINES:
         return None
@@ -191,9 +193,10 @@ def plateau(curves: Curves, facts: Facts) -> Said:
     if held_out_gains(curves, steps[window][0], HELD_FLAT):
         return None
     decay = "" if facts.schedule in ("linear", "cosine") else 'lr_scheduler_type="cosine" takes it lower, or '
-    return (f"the loss has stayed at {level:.3g} since step {steps[window][0]:.0f}, with the learning rate at "
-            f"{short(float(rates[-1]))}", f"{decay}stop here (max_steps={int(steps[window][0])}); if answers are not "
-            f"good enough yet, set r to twice what it is, or improve the rows")
+    remedy = (f"{decay}stop here (max_steps={steps[window][0]:.0f}); if answers are not good enough yet, double r, or "
+              "improve the rows")
+    return f"the loss has stayed at {level:.3g} since step {steps[window][0]:.0f}, though the learning rate is " + (
+        f"{short(float(rates[-1]))}" if rates[-1] > 0 else "high"), remedy
 
 
 def underfitting(curves: Curves, facts: Facts) -> Said:
@@ -220,8 +223,9 @@ def underfitting(curves: Curves, facts: Facts) -> Said:
     epochs = facts.epochs or (float(epoch[-1]) if np.isfinite(epoch[-1]) else None)
     longer = f"set num_train_epochs to {max(2, math.ceil(2 * epochs))}" if epochs else "train twice as long"
     faster = f" or learning_rate to {short(2 * rate)} (twice)" if rate > 0 else ""
-    return (f"the loss was still falling when the run ended: by {fall:.2g} within its last {third.sum()} log lines, of "
-            f"{whole:.2g} in all", longer + faster)
+    seen = (f"the loss was still falling when the run ended: by {fall:.2g} within its last {third.sum()} log lines, of "
+            f"{whole:.2g} in all")
+    return seen, longer + faster
 
 
 def held_out_gains(curves: Curves, since: float, least: float) -> bool:
