@@ -9,7 +9,6 @@ curves and what the advisor said of them.
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +26,13 @@ CURVES = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss", "t
 
 def measure(folder: Path) -> dict[str, Any]:
     """All figures."""
-    began = time.perf_counter()
     found = recommend(str(PACKAGE / "demo" / "train.jsonl"), str(demo_model()))
-    seconds = {"recommend": round(time.perf_counter() - began, 1)}
     write_recipe(found, folder / "recipe.yaml")
     trainer = run(load_recipe(folder / "recipe.yaml", [f"output_dir={folder / 'out'}"]))
-    seconds["training"] = round(trainer.seconds, 1)
     graded = grade(trainer.model, trainer.processing_class, demo_questions(PACKAGE / "demo" / "test.jsonl"))
     shipped = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))["by_category"]["after"]
     return {
-        "machine": machine_facts(), "seconds": seconds, "questions": len(graded),
+        "machine": machine_facts(), "questions": len(graded),
         "right": sum(item.right for item in graded), "right_shipped": sum(right for right, _ in shipped.values()),
         "by_category": accuracy_by_category(graded), "by_category_shipped": shipped,
         "proposed": [{"option": f"{item.section}.{item.option}", "value": item.value, "reason": item.reason}
@@ -53,7 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = measure(Path(folder))
-    print(json.dumps({name: result[name] for name in ("right", "right_shipped", "questions", "seconds", "advice")}))
+    print(json.dumps({name: result[name] for name in ("right", "right_shipped", "questions", "advice")}))
     if options.out:
         options.out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tests.train.conftest import ROWS, small_llama
 from tests.train.synthetic_runs import Entries, log_of, settling, stairs, through
 from transformers import PreTrainedTokenizerBase
@@ -99,6 +100,9 @@ HEALTHY: dict[str, tuple[Make, Facts]] = {
     "facts learnt by heart that answer other questions": (lambda seed: log_of(
         settling(3.7, .06, .18, 0), seed=seed, steps=100, noise=.15, held=settling(3.4, .05, .2, 0), evals=2, epochs=2,
         kind="linear"), Facts(max_steps=100, epochs=2, examples=408, labelled_tokens=6_000)),
+    "learnt by heart, and held-out loss still gains": (lambda seed: log_of(
+        settling(3, .008, .1, 0), seed=seed, noise=.15, held=through((0, 3), (1 / 3, .5), (2 / 3, .12), (1, .06))),
+        THREE),
     "norms that wander": (lambda seed: log_of(settling(1.8, 1), seed=seed, norm_jumps={20: 4, 55: 5, 90: 4}), THREE),
     "a thousand lines": (lambda seed: log_of(
         settling(2.5, 1.6, .1), seed=seed, steps=1_000, every=1, noise=.12, epochs=1, held=settling(2.5, 1.62, .1),
@@ -211,16 +215,19 @@ def test_what_is_said_has_figures_and_a_remedy() -> None:
     assert "learning_rate to 6.7e-5 (a third)" in finding.remedy and 300 < finding.step < 420
     finding = one("overfitting", "six epochs")
     assert "num_train_epochs to 2" in finding.remedy and "load_best_model_at_end=True" in finding.remedy
-    assert finding.step == 300 and "held-out loss was 1.1 at step 200" in finding.seen.replace("1.11", "1.1")
+    assert finding.step == 300 and re.search(r"held-out loss was 1\.\d+ at step 200 and is 1\.2", finding.seen)
     assert "step 305" in one("spike", "one line").seen
-    assert "max_grad_norm to 1.8" in one("spike", "of the gradient").remedy.replace("1.7", "1.8").replace("1.9", "1.8")
+    assert re.search(r"max_grad_norm to 0\.[4-8]\d?, or learning_rate", one("spike", "of the gradient").remedy)
+    assert "max_grad_norm to 0.3, or learning_rate to 1.0e-4" in one("spike", "one line").remedy
+    make, facts = FAULTY["spike", "one line"]
+    assert "max_grad_norm" not in advise(make(0), replace(facts, max_grad_norm=0.3))[0].remedy  # it is that already
     assert "learning_rate to 5.0e-7 (five times)" in one("plateau", "never moves").remedy
     assert 'lr_scheduler_type="cosine"' in one("plateau", "stuck").remedy
     assert "learning_rate to 2.0e-6 (twice)" in one("underfitting", "a rate too low").remedy
     assert "num_train_epochs to 2" in one("underfitting", "too few steps").remedy
     assert "100 rows" in one("too little data", "twenty rows").remedy
     assert "--dry-run" in one("loss near zero", "the answer is in the prompt").remedy
-    assert one("loss near zero", "all is learnt in the second epoch").step < 300
+    assert one("loss near zero", "all is learnt in the second epoch").step < 450
 
 
 def test_a_log_without_facts_and_an_odd_one() -> None:
@@ -327,4 +334,3 @@ def test_off_is_off(bytes_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) ->
     assert trainer._advisor.findings == []
     with pytest.raises(OptionError, match="advisor"):
         SFTConfig(advisor="shout", output_dir=str(tmp_path))
-    torch.manual_seed(0)

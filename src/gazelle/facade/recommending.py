@@ -32,6 +32,8 @@ from gazelle.train.recipe import Recipe, parse_recipe
 
 SECTIONS = ("model", "lora", "data", "train")
 UNPLANNED = 2  # rows of a micro-batch where there is no plan
+FAR = 2**20  # tokens, for a model without a limit: rows are not to be cut before their lengths are known
+ON_CPU = "a CPU computes in 32 bits; 4 bits would cost it time"
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Recommendation:
         return next(item.value for item in self.choices if (item.section, item.option) == (section, option))
 
 
-def recommend(data: str, model: str, *, budget: str | int | None = None) -> Recommendation:
+def recommend(data: str | Path, model: str | Path, *, budget: str | int | None = None) -> Recommendation:
     """Propose a recipe. The model's config and tokenizer are read, its weights are not.
 
     Args:
@@ -83,6 +85,7 @@ def recommend(data: str, model: str, *, budget: str | int | None = None) -> Reco
         ModelError: there is no such model.
         OptionError: no plan fits into the budget.
     """
+    data, model = str(data), str(model)
     if budget is not None:
         parse_bytes(budget, "--budget")
     loaded = load_conversations(data)
@@ -94,11 +97,12 @@ def recommend(data: str, model: str, *, budget: str | int | None = None) -> Reco
         prepared = encode_rows(tokenizer, config.model_type, SFTConfig(max_length=length), loaded, None)
         return cast(Encoded, prepared.train), cast(DataReport, prepared.report)
 
-    rows, report = encoded(min(limit or _FAR, _FAR) if not text else rules.length(0, limit, text=True)[0])
+    rows, report = encoded(min(limit or FAR, FAR) if not text else rules.length(0, limit, text=True)[0])
     longest = report.train.quantiles["max"]
     length, why_length = rules.length(longest, limit, text=text)
-    share, why_share = rules.held_out(report.train.examples)
-    count = report.train.examples - round(report.train.examples * share)
+    share, why_share = rules.held_out(report.train.rows)
+    entries = math.ceil(report.train.tokens / length) if text else report.train.examples  # bins, or rows
+    count = entries - round(entries * share)
     update, why_update = rules.rows_an_update(count)
     packed, why_packed = rules.packing(text=text)
     fit = _Fit(config, budget, packed, update)
@@ -144,9 +148,6 @@ def recommend(data: str, model: str, *, budget: str | int | None = None) -> Reco
     found = Recommendation(choices, report, fitted.plan, f"out/{_stem(loaded)}")
     found.recipe().sft_config()
     return found
-
-
-_FAR = 2**20  # tokens: lengths are counted before rows are cut
 
 
 def write_recipe(found: Recommendation, path: Path) -> None:
@@ -204,7 +205,7 @@ class _Fit:
         if self.refused:
             four = self.place.type != "cpu"
             return _Fitted(min(UNPLANNED, self.update), four, None, f"there is no memory plan: {self.refused}",
-                           "without a plan, the way that needs the least memory" if four else _ON_CPU)
+                           "without a plan, the way that needs the least memory" if four else ON_CPU)
         sizes = [2**power for power in range(self.update.bit_length() - 1, -1, -1)]
         bits = [False] if self.place.type == "cpu" else [False, True]
         made: list[tuple[bool, int, RunPlan]] = []
@@ -217,10 +218,10 @@ class _Fit:
                         raise
                     continue
                 if all(keep == KEEP for keep in run.plan.keeps) and not run.plan.streamed:
-                    return self._said(micro, four, run, "the most for which every layer keeps what it has made")
+                    return self._said(micro, four, run, "every layer keeps what it has made")
                 made.append((four, micro, run))
         four, micro, run = min(made, key=lambda item: (item[2].plan.streamed, not item[0], -item[1]))
-        return self._said(micro, four, run, "the most that there is room for, with layers made again")
+        return self._said(micro, four, run, "layers are made again")
 
     def _plan(self, rows: Encoded, length: int, micro: int, four: bool) -> RunPlan:
         settings = self.settings(micro, length)
@@ -231,15 +232,11 @@ class _Fit:
                             measured=False)
 
     def _said(self, micro: int, four: bool, run: RunPlan, why: str) -> _Fitted:
+        pieces = "an update in one piece" if micro == self.update else "the most that there is room for"
         room = f"predicted peak {gigabytes(run.plan.peak)} of {gigabytes(run.plan.budget)}"
-        if micro == self.update:
-            why = "an update in one piece"
-        bits = (_ON_CPU if self.place.type == "cpu" else "there is no room for 16 bits without making layers again"
+        bits = (ON_CPU if self.place.type == "cpu" else "there is no room for 16 bits without making layers again"
                 if four else "16 bits have room, and are faster")
-        return _Fitted(micro, four, run, f"{why}: {room}", bits)
-
-
-_ON_CPU = "a CPU computes in 32 bits; 4 bits would cost it time"
+        return _Fitted(micro, four, run, f"{pieces}, and {why}: {room}", bits)
 
 
 def _watching(share: float, passes: int, steps: int) -> list[Choice]:
@@ -264,7 +261,11 @@ def _seen_from(folder: Path | None, value: str) -> str:
     if folder is None or not Path(value).exists():
         return value
     path = Path(value).absolute()
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+    if not path.is_relative_to(folder):
+        return str(path)
+    below = path.relative_to(folder)
+    # A recipe's paths are looked up in the current folder first: nothing else of that name may be there.
+    return str(path if below.exists() and not below.samefile(path) else below)
 
 
 def _stem(loaded: Loaded) -> str:

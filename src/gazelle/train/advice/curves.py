@@ -30,7 +30,7 @@ class Curves:
 
     def take(self, entry: Mapping[str, Any]) -> bool:
         """Add an entry of `metrics.jsonl` or of transformers' `log_history`; True if there is anything new in it."""
-        values = [number(entry.get(name)) for name in COLUMNS]
+        values = [number(entry.get("step", 0)), *(number(entry.get(name)) for name in COLUMNS[1:])]
         evals = list(filter(is_eval_loss, entry))
         if "loss" in entry:
             if self._lines == len(self._table):

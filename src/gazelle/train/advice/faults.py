@@ -25,13 +25,15 @@ RISE_ORDERED = 1.0  # rows that get harder on purpose may well double the loss
 # much again. Seven standard deviations of the logarithm: none of a run's thousands of lines is to be one by chance.
 LOOK, WARM, BACK, SPIKE_LOSS, SPIKE_NATS, SPIKE_NORM, SPIKE_NOISE = 64, 8, RISEN - 1, 3.0, 1.0, 10.0, 7.0
 DILUTED = 4
+CLIP = 0.3  # as QLoRA clips (arXiv 2305.14314)
 # Overfitting: the same rows are evaluated each time, so little is noise. Two evaluations in a row above the best, or
 # one far above it; a typical third epoch loses a percent or two and is none.
 OVER, OVER_AT_ONCE, OVER_NOISE = 0.03, 0.10, 4.0
-# Too little data: OpenAI's and Unsloth's guides both put the least that helps at 50 to 100 rows. Or training loss is
-# half of the held-out loss, and the epochs after the first gained nothing held out.
+# Too little data: OpenAI's guide sees clear gains from 50 to 100 rows on, Unsloth's asks for 100, better 1,000. Or
+# training loss is half of the held-out loss, and the epochs after the first gained nothing held out.
 FEW_ROWS, FEW_TOKENS, ENOUGH_ROWS, GAP, GAINED = 50, 5_000, 10_000, 0.5, 0.02
-# Loss near zero: e^-0.02 is 98 % for every token, over rows that are still to be seen for a quarter of the run.
+# Loss near zero: e^-0.02 is 98 % for every token, over rows that are still to be seen for a quarter of the run. Nor may
+# held-out loss have gained as much since the evaluation before.
 ZERO, TO_GO = 0.02, 0.25
 # Plateau: never moved (first line to now, a third of the run) or moves no more. Where the learning rate is low by
 # schedule a flat curve is as it should be; below a fifth of where it began it has arrived.
@@ -68,8 +70,9 @@ def divergence(curves: Curves, facts: Facts) -> Said:
 def spike(curves: Curves, facts: Facts) -> Said:
     """The loss or the gradient norm jumped for a few lines and came back."""
     steps, rate = curves["step"], curves.peak_rate
-    lower = f", or learning_rate to {short(rate / 2)}" if rate > 0 else ""
-    mean_over = min(DILUTED, float(np.median(np.diff(steps)))) if len(steps) > 1 else 1
+    lower = f"learning_rate to {short(rate / 2)}" if rate > 0 else "learning_rate to a half"
+    clipped = facts.max_grad_norm or math.inf
+    mean_over = min(DILUTED, max(1.0, float(np.median(np.diff(steps))))) if len(steps) > 1 else 1
     for name, times in (("loss", 1 + (SPIKE_LOSS - 1) / mean_over), ("grad_norm", SPIKE_NORM)):
         values = curves[name]
         for at in range(max(WARM, len(values) - BACK - 2), len(values) - 2):
@@ -83,11 +86,11 @@ def spike(curves: Curves, facts: Facts) -> Said:
             limit = max(limit, middle + SPIKE_NATS / mean_over if name == "loss" else facts.max_grad_norm)
             jumped = not np.isfinite(values[at]) or values[at] > limit
             if jumped and (values[-2:] < math.sqrt(middle * limit)).all():
-                what = "loss" if name == "loss" else "gradient norm"
-                remedy = f"set max_grad_norm to 0.3{lower}" if name == "loss" else (
-                    f"set max_grad_norm to {short(3 * middle)}, three times the usual norm")
+                what, clip = ("loss", CLIP) if name == "loss" else ("gradient norm", middle)
+                tighter = f"max_grad_norm to {short(clip)}, or " if clip < clipped else ""
                 seen = f"the {what} jumped from {middle:.3g} to {values[at]:.3g} at step {steps[at]:.0f} and came back"
-                return seen, f'look at the rows of that step, and {remedy}; on_spike="rollback" undoes such steps'
+                return seen, (f"look at the rows of that step, and set {tighter}{lower}; "
+                              'on_spike="rollback" undoes such steps')
     return None
 
 
@@ -149,16 +152,16 @@ def loss_near_zero(curves: Curves, facts: Facts) -> Said:
     if len(losses) < 5 or not facts.max_steps or curves.step > (1 - TO_GO) * facts.max_steps:
         return None
     now = float(np.median(losses[-5:]))
-    if now >= ZERO:
-        return None
+    held = [evals for _, evals, _ in curves.evals().values()]
+    if now >= ZERO or any(len(evals) > 1 and evals[-2] - evals[-1] > ZERO for evals in held):
+        return None  # what is held out still gains
     epoch = curves["epoch"][-1]
     if epoch < 1:
         remedy = ("look at what is labelled (gazelle train RECIPE --dry-run shows the first row): an answer that is in "
                   "the prompt, or rows that are all alike, need no training")
     else:
         remedy = f"{fewer(epoch, facts)}, or add rows: those that are there are known"
-    held = [float(evals[-1]) for _, evals, _ in curves.evals().values()]
-    said = f"; held-out loss is {max(held):.3g}" if held else ""
+    said = f"; held-out loss is {max(float(evals[-1]) for evals in held):.3g}" if held else ""
     seen = (f"training loss is {now:.2g} after {steps[-1]:.0f} of {facts.max_steps} steps, and the rest has nothing to "
             f"learn from{said}")
     return seen, remedy
