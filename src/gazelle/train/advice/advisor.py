@@ -88,7 +88,7 @@ class Advisor(TrainerCallback):
         split = self.data.train if self.data is not None else None
         self.watch.facts = Facts(
             max_steps=state.max_steps, epochs=float(args.num_train_epochs) if args.max_steps <= 0 else None,
-            examples=split and split.examples, labelled_tokens=split and split.labelled_tokens,
+            examples=split.examples if split else None, labelled_tokens=split.labelled_tokens if split else None,
             max_grad_norm=args.max_grad_norm or 0.0, schedule=str(getattr(args.lr_scheduler_type, "value", "")),
             ordered=self.ordered or str(args.train_sampling_strategy) == "sequential")
 

@@ -69,8 +69,8 @@ class Curves:
     @property
     def step(self) -> int:
         """Of the last line."""
-        last = [rows[-1][0] for rows in (self._table[:self._lines], *self._evals.values()) if len(rows)]
-        return int(max(last, default=0))
+        last = [rows[-1][0] for rows in self._evals.values()]
+        return int(max([*last, *self["step"][-1:]], default=0))
 
     @property
     def peak_rate(self) -> float:

@@ -153,8 +153,8 @@ def loss_near_zero(curves: Curves, facts: Facts) -> Said:
         return None
     now = float(np.median(losses[-5:]))
     held = [evals for _, evals, _ in curves.evals().values()]
-    if now >= ZERO or any(len(evals) > 1 and evals[-2] - evals[-1] > ZERO for evals in held):
-        return None  # what is held out still gains
+    if now >= ZERO or any(map(still_gains, held)):
+        return None
     epoch = curves["epoch"][-1]
     if epoch < 1:
         remedy = ("look at what is labelled (gazelle train RECIPE --dry-run shows the first row): an answer that is in "
@@ -229,6 +229,11 @@ def underfitting(curves: Curves, facts: Facts) -> Said:
     seen = (f"the loss was still falling when the run ended: by {fall:.2g} within its last {third.sum()} log lines, of "
             f"{whole:.2g} in all")
     return seen, longer + faster
+
+
+def still_gains(evals: Floats) -> bool:
+    """Whether held-out loss fell from the evaluation before to the last one, or may have, as there is only one."""
+    return bool(evals[-1] > ZERO and (len(evals) < 2 or evals[-2] - evals[-1] > ZERO))
 
 
 def held_out_gains(curves: Curves, since: float, least: float) -> bool:
