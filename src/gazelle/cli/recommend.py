@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -17,7 +18,7 @@ def recommend_command(data: str, model: str, *, budget: str | None, output: Path
     for column in ("option", "value", "why"):
         table.add_column(column, overflow="fold")
     for choice in found.choices:
-        table.add_row(f"{choice.section}.{choice.option}", str(choice.value), choice.reason)
+        table.add_row(f"{choice.section}.{choice.option}", escape(str(choice.value)), escape(choice.reason))
     console = Console()
     console.print(table)
     for warning in found.report.warnings:
