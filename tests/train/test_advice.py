@@ -142,7 +142,9 @@ def test_a_healthy_run_is_left_alone(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name"), FAULTY, ids=": ".join)
 def test_a_fault_is_named_in_many(kind: str, name: str) -> None:
-    named(kind, name, MANY)
+    """In nine of ten at least: some noise hides a fault."""
+    make, facts = FAULTY[kind, name]
+    assert sum(kinds(make(seed), facts) == [kind] for seed in range(MANY)) >= 0.9 * MANY
 
 
 @pytest.mark.slow
