@@ -55,6 +55,7 @@ def test_no_command_is_untested() -> None:
         "gazelle chat out/lora", "gazelle export out/lora --to gguf:q4_k_m,q8_0",
         "gazelle export out/lora --to merged --verify", "gazelle doctor", "gazelle bench",
         "gazelle plan SmolLM2-135M-Instruct.gguf --seq 512 --batch 8 --budget 3GB",
+        "gazelle recommend rows.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct",
     }
 
 
@@ -129,6 +130,15 @@ def test_the_data_is_scanned(
         Path(f"{name}.jsonl").write_text((PACKAGE / f"demo/{name}.jsonl").read_text())
     assert main(["scan", "train.jsonl", "--against", "test.jsonl", "--fail-on", "secret"]) == 0
     assert " of test.jsonl to look for in them" in capsys.readouterr().out
+
+
+def test_a_recommendation_can_be_trained(demo_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.jsonl").write_text("".join((PACKAGE / "demo/train.jsonl").read_text().splitlines(True)[:40]))
+    assert main(["recommend", "rows.jsonl", "--model", str(demo_gguf)]) == 0
+    assert "gazelle train recipe.yaml" in capsys.readouterr().out
+    assert main(["train", "recipe.yaml", "--dry-run"]) == 0
 
 
 def test_a_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -99,7 +99,8 @@ class SaveTwice(TrainerCallback):
 @pytest.mark.parametrize("packing", [False, True], ids=["rows", "packed"])
 @pytest.mark.parametrize("kind", ["lora", "qlora", "full"])
 def test_resuming_is_exact(kind: str, packing: bool, accumulation: int, run: Run, four_bits: Callable[[], Any],
-                           bytes_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+                           bytes_tokenizer: PreTrainedTokenizerBase, tmp_path: Path,
+                           caplog: pytest.LogCaptureFixture) -> None:
     def model() -> Any:
         if kind == "qlora":
             return four_bits()
@@ -110,6 +111,9 @@ def test_resuming_is_exact(kind: str, packing: bool, accumulation: int, run: Run
                "per_device_train_batch_size": 1 if packing or accumulation == 4 else 2}
     saves = SaveTwice()
     whole = run(model(), "whole", callbacks=[saves], **options)
+    advisor = run.trainer._advisor
+    assert [finding.kind for finding in advisor.findings] == ["too little data"]
+    caplog.clear()
     middle, boundary = saves.cuts
     assert 0 < middle < boundary < len(whole[0])
     for cut in saves.cuts:
@@ -117,6 +121,9 @@ def test_resuming_is_exact(kind: str, packing: bool, accumulation: int, run: Run
         shutil.copytree(tmp_path / "whole" / f"checkpoint-{cut}", tmp_path / str(cut) / f"checkpoint-{cut}")
         assert run(model(), str(cut), resume=True, **options) == whole
         assert run.trainer._checkpoints.resumed == tmp_path / str(cut) / f"checkpoint-{cut}"
+        assert run.trainer._advisor.findings == advisor.findings
+        assert (run.trainer._advisor.watch.curves["loss"] == advisor.watch.curves["loss"]).all()
+    assert "Advice at" not in caplog.text  # it was said before the cut
 
 
 @pytest.mark.parametrize("optim", ["adamw_8bit", "paged_adamw_8bit", "adafactor", "sgd", "adamw_torch"])

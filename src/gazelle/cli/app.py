@@ -157,6 +157,19 @@ def compare(
 
 
 @app.command()
+def recommend(
+    data: Annotated[str, typer.Argument(help="File, folder or hub name of the rows.")],
+    model: Annotated[str, typer.Option("--model", help="Hub name, folder or GGUF file; weights are not read.")],
+    budget: Annotated[str | None, typer.Option(help='Memory, such as "12GB". Default: what is free.')] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write.")] = Path("recipe.yaml"),
+) -> None:
+    """Propose a recipe for your rows and a model, with reasons, and write it."""
+    from gazelle.cli.recommend import recommend_command
+
+    recommend_command(data, model, budget=budget, output=output)
+
+
+@app.command()
 def doctor() -> None:
     """Check this machine: versions, devices, a kernel really run, memory, optional parts."""
     from gazelle.cli.doctor import doctor_command

@@ -54,8 +54,8 @@ def plan_model(model_name: str, *, tokens_a_row: int | None = None, rows: int = 
         check_fp8(place)
     config = load_config(model_name)
     length = fit_context(config, tokens_a_row)
-    model = _without_weights(config, place)
-    if reason := _refusal(model):
+    model = without_weights(config, place)
+    if reason := refusal(model):
         raise ModelError("there is no plan for models that the engine does not run", where=model_name, found=reason,
                          expected="a family of the engine's", fix="train it: the trainer then decides by an estimate")
     if full_finetuning:
@@ -81,12 +81,12 @@ def check_budget(recipe: Recipe, rows: Loaded) -> None:
         return
     place = torch.device(asked.device_map or default_device())
     tokenizer, config = load_tokenizer(asked.name, revision=asked.revision, trust_remote_code=asked.trust_remote_code)
-    model = _without_weights(config, place)
-    if _refusal(model):
+    model = without_weights(config, place)
+    if refusal(model):
         return
     full = recipe.lora is None
     model = model.requires_grad_(True) if full else FastLanguageModel.get_peft_model(model, **recipe.lora_options())
-    if _refusal(model):
+    if refusal(model):
         return
     settings.max_length = settings.max_length or fit_context(config, asked.max_seq_length)
     encoded = cast(Encoded, encode_rows(tokenizer, config.model_type, settings, rows, None).train)
@@ -97,13 +97,14 @@ def check_budget(recipe: Recipe, rows: Loaded) -> None:
                  budget=settings.memory_budget, checkpointing=asked_checkpointing(model, settings), measured=False)
 
 
-def _without_weights(config: Any, place: torch.device) -> Any:
+def without_weights(config: Any, place: torch.device) -> Any:
+    """A model on the meta device, accelerated where the engine knows it."""
     model = meta_model(config, torch.float32 if place.type == "cpu" else default_dtype())
     accelerate(model)
     return model
 
 
-def _refusal(model: Any) -> str:
+def refusal(model: Any) -> str:
     """Why the engine does not run a model; empty if it does."""
     if runs_on_engine(model):
         return ""

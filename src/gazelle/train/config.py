@@ -117,6 +117,10 @@ class _SFTArguments(EvalArguments, TrainingArguments):
     spike_factor: float = field(
         default=10.0, metadata={"help": "A gradient norm this many times the median of late is a spike; 0: none is."}
     )
+    advisor: Literal["say", "stop", "off"] = field(
+        default="say", metadata={"help": "Name overfitting, divergence and the like with the remedy; stop: and end the "
+                                         "run where going on is useless."}
+    )
     report: bool = field(default=True, metadata={"help": "Write report.html and loss.png when training ends."})
     report_samples: int = field(
         default=3, metadata={"help": "Prompts answered before and after training, shown in the report."}
@@ -256,7 +260,7 @@ def check_values(config: Any) -> None:
         "save_strategy": [kind.value for kind in SaveStrategy],
         "train_sampling_strategy": ["random", "sequential"], "packing_strategy": ["bfd", "wrapped"],
         "train_on": ["responses", "all"], "precision": ["auto", "bf16", "fp16", "fp32", "fp8"],
-        "on_spike": ["skip", "rollback", "stop"],
+        "on_spike": ["skip", "rollback", "stop"], "advisor": ["say", "stop", "off"],
     }
     for name, known in choices.items():
         value = getattr(config, name)

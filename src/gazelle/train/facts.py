@@ -4,11 +4,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from gazelle.base.device import peak_memory
+from gazelle.train.advice.findings import Finding
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Times in seconds, memory in bytes. `plan` is (what, said) of the memory plan and of what befell the run."""
+    """Times in seconds, memory in bytes. `plan` is (what, said) of the memory plan and of what befell the run.
+
+    `advice` is what the advisor said, and `stopped` the kind of what it stopped the run for; empty if it did not.
+    """
 
     model_name: str
     trainable: int
@@ -20,6 +24,8 @@ class RunFacts:
     peak_memory: int
     plan: list[tuple[str, str]]
     adapter: dict[str, Any] | None
+    advice: list[Finding]
+    stopped: str
 
 
 def run_facts(trainer: Any) -> RunFacts:
@@ -37,6 +43,7 @@ def run_facts(trainer: Any) -> RunFacts:
         peak_memory=peak_memory(str(trainer.args.device)),
         plan=plan_lines(trainer),
         adapter=adapter and {name: getattr(adapter, name) for name in chosen if hasattr(adapter, name)},
+        advice=trainer._advisor.findings, stopped=trainer._advisor.stopped.kind if trainer._advisor.stopped else "",
     )
 
 

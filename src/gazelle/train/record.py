@@ -20,7 +20,8 @@ def run_record(args: TrainingArguments, facts: RunFacts, data: DataReport | None
     shown = [("optimizer steps", f"{facts.steps:,}"), ("training time", duration(facts.seconds)),
              ("parameters trained", f"{facts.trainable / 1e6:,.1f} M of {facts.parameters / 1e6:,.1f} M"),
              *([("training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}")] if losses else []),
-             *last_figures(metrics)]
+             *last_figures(metrics),
+             *([("stopped by the advisor", facts.stopped)] if facts.stopped else [])]
     return {
         "train": _place(data.train.source if data else ""),
         "eval": _place(data.test.source if data and data.test else ""),

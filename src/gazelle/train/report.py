@@ -35,7 +35,8 @@ def write_report(args: TrainingArguments, facts: RunFacts, data: DataReport, sam
         title=f"Fine-tuning {Path(facts.model_name).name or facts.model_name}",
         subtitle=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z} · {folder}",
         cards=cards, plots=panel_svgs(metrics), samples=samples,
-        plan=facts.plan, warnings=data.warnings, data_lines="\n".join(data.lines(warnings=False)),
+        advice=facts.advice, stopped=facts.stopped, plan=facts.plan, warnings=data.warnings,
+        data_lines="\n".join(data.lines(warnings=False)),
         settings=chosen_settings(args, facts), all_settings=_all_settings(args), machine=_machine(),
     )
     write_text(folder / "report.html", page)

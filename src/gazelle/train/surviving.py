@@ -11,6 +11,8 @@ from transformers import Trainer
 
 from gazelle.base.lock import folder_lock
 from gazelle.base.log import logger
+from gazelle.data.report import DataReport
+from gazelle.train.advice.advisor import Advisor
 from gazelle.train.checkpoint import fault, find_checkpoint, is_foreign
 from gazelle.train.config import SFTConfig
 from gazelle.train.interrupt import Interrupted, Interruption
@@ -23,8 +25,10 @@ from gazelle.train.spikes import RollBack, Spikes
 class SurvivingTrainer(Trainer):
     """What `SFTTrainer` builds on; `guard` sets it up once the base class has been."""
 
-    def guard(self, config: SFTConfig) -> None:
-        """Add the callbacks that watch signals and spikes, and what saves and restores."""
+    ordered = False  # rows come from easy to hard
+
+    def guard(self, config: SFTConfig, data: DataReport | None) -> None:
+        """Add the callbacks that watch signals, spikes and curves, and what saves and restores."""
         self._held = HeldGradients(self.model)
         self._metrics = MetricsFile()
         self._checkpoints = Checkpoints(self)
@@ -32,7 +36,8 @@ class SurvivingTrainer(Trainer):
         self._spikes = Spikes(config.on_spike, config.spike_factor, "fp16" if config.fp16 else config.precision,
                               self.args.device, lambda: bool(self._held.flats) and self.accelerator.scaler is None,
                               lambda: self._checkpoints.written or self._checkpoints.resumed)
-        for callback in (self._metrics, self._spikes, self._interruption, self._checkpoints):
+        self._advisor = Advisor(config.advisor, data, ordered=self.ordered)
+        for callback in (self._metrics, self._spikes, self._advisor, self._interruption, self._checkpoints):
             self.add_callback(callback)
 
     @contextlib.contextmanager
@@ -60,6 +65,7 @@ class SurvivingTrainer(Trainer):
             Interrupted: a signal came; a checkpoint has been saved.
         """
         self._spikes.reset()
+        self._advisor.reset()
         with self._interruption.watching(self.args.world_size):
             while True:
                 self.remove_callback(self._checkpoints)

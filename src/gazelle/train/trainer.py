@@ -162,7 +162,7 @@ class SFTTrainer(Pushes, EvaluatingTrainer):
             self.add_callback(self._progress)
         if replayed is not None:
             self.add_callback(replayed)
-        self.guard(config)
+        self.guard(config, self.prepared.report)
         self._stopwatch = Stopwatch(self.args.device, lambda: self.tokens, lambda: self.evaluating)
         self.add_callback(self._stopwatch)
         self._window: Window | None = None

@@ -174,6 +174,8 @@ class CurriculumTrainer(SFTTrainer):
         OptionError: no such metric, or lengths and steps that make no schedule.
     """
 
+    ordered = True
+
     def __init__(self, *args: Any, difficulty_metric: Metric = "length", start_length: int = 512,
                  end_length: int = 2048, steps: int = 1000, **kwargs: Any) -> None:
         if not callable(difficulty_metric) and difficulty_metric not in ("length", "loss"):
