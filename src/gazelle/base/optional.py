@@ -13,6 +13,8 @@ OPTIONAL = {
     "triton": ("triton", "GPU kernels (comes with torch on a GPU machine)", "pip install triton"),
     "tensorboard": ("tensorboard", 'report_to="tensorboard"', "pip install tensorboard"),
     "wandb": ("wandb", 'report_to="wandb"', "pip install wandb"),
+    "rouge_score": ("rouge-score", "the metrics rouge1, rouge2 and rougeL", "pip install gazelle[evaluate]"),
+    "sacrebleu": ("sacrebleu", "the metrics bleu and chrf", "pip install gazelle[evaluate]"),
     "compressed_tensors": ("compressed-tensors", "fp8, awq and gptq checkpoints", "pip install gazelle[vllm]"),
     "onnx": ("onnx", "exports to ONNX", "pip install gazelle[onnx]"),
     "onnxruntime": ("onnxruntime", "verifying exports to ONNX", "pip install gazelle[onnx]"),
