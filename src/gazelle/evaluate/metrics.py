@@ -10,7 +10,7 @@ import numpy as np
 from gazelle.base.errors import DataError, OptionError, nearest
 from gazelle.base.optional import require
 from gazelle.data.text_metrics import METRICS as TEXT
-from gazelle.data.text_metrics import contains, corpus_score, metric_name, tokens, words
+from gazelle.data.text_metrics import bleu_tokens, contains, corpus_score, metric_name, tokens, words
 from gazelle.evaluate.answerers import Reply
 from gazelle.evaluate.cases import Case
 from gazelle.evaluate.statistics import Estimate, mean_estimate, ratio_estimate
@@ -138,8 +138,7 @@ def find_metrics(asked: Sequence[str | Callable[[Case, str], float | None]]) -> 
                                   expected="a name of its own", fix="rename the function")
             found[name] = Metric(name, "number", "higher", _function(one), (), "a function of yours")
             continue
-        short = str(one).lower()
-        for name in _SHORT.get(short, (short if short in METRICS else _spelt(str(one)),)):
+        for name in _SHORT.get(str(one).lower()) or (_spelt(str(one)),):
             if name in TEXT:
                 metric_name(name)  # its package is there
             found[name] = METRICS[name]
@@ -207,8 +206,8 @@ def _sacrebleu(name: str, cases: Sequence[Case], replies: Sequence[Reply], confi
     if confidence != 0.95 or len(answers) < 2:
         return Estimate(value, count=len(answers))
     metrics: Any = require("sacrebleu.metrics")
-    metric = metrics.BLEU(tokenize="zh" if not all(map(str.isascii, wanted)) else "13a") if name == "bleu" \
-        else metrics.CHRF()
-    said = json.loads(metric.corpus_score(answers, [wanted], n_bootstrap=1000).format(is_json=True, width=6))
-    mean, half = float(said["confidence_mean"]), float(said["confidence_var"])
+    metric = metrics.BLEU(tokenize=bleu_tokens(wanted)) if name == "bleu" else metrics.CHRF()
+    found = metric.corpus_score(answers, [wanted], n_bootstrap=1000)
+    said = json.loads(found.format(signature=str(metric.get_signature()), is_json=True, width=6))
+    mean, half = said["confidence_mean"], said["confidence_var"]
     return Estimate(value, max(0.0, mean - half), min(100.0, mean + half), len(answers))
