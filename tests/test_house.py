@@ -29,7 +29,7 @@ ALLOWED = {
     "compressed_tensors": {"export"},
     "peft": {"adapters", "models", "export"},
     "fastapi": {"serve", "studio"},
-    "httpx": {"serve", "studio"},
+    "httpx": {"evaluate", "serve", "studio"},
     "requests": {"serve", "studio"},
     "typer": {"cli"},
 }

@@ -47,10 +47,10 @@ class Answerer(ABC):
     runs_on: str = ""
     memory: int | None = None
 
-    def open(self) -> None:
+    def open(self) -> None:  # noqa: B027 — there may be nothing to load
         """Load what is needed."""
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027
         """Give back what `open` took."""
 
     @abstractmethod
@@ -77,8 +77,8 @@ class LocalModel(Answerer):
     def __init__(self, model: Any, tokenizer: "PreTrainedTokenizerBase | None" = None, *, batch_size: int = 16,
                  load_in_4bit: bool | None = None) -> None:
         self._source = str(model) if isinstance(model, str | Path) else None
-        self._model = None if self._source else model
-        self._tokenizer: Any = tokenizer
+        self.model: Any = None if self._source else model
+        self.tokenizer: Any = tokenizer
         self._batch_size, self._load_in_4bit = batch_size, load_in_4bit
         if self._source is None and tokenizer is None:
             raise OptionError("a model without its tokenizer cannot be asked", where="tokenizer", found="none",
@@ -88,26 +88,26 @@ class LocalModel(Answerer):
         if self._source is not None:
             recorded = (Path(self._source) / RECORD).exists()
             in_4bit = self._load_in_4bit if recorded or self._load_in_4bit else False
-            self._model, self._tokenizer = load_model(self._source, load_in_4bit=in_4bit, is_trainable=False)
+            self.model, self.tokenizer = load_model(self._source, load_in_4bit=in_4bit, is_trainable=False)
         self.runs_on = f"gazelle on {device_name(str(self._device))}"
 
     def close(self) -> None:
         if self._source is not None:
-            self._model = self._tokenizer = None
+            self.model = self.tokenizer = None
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
 
     @property
     def _device(self) -> torch.device:
-        return next(iter(self._model.parameters())).device  # type: ignore[union-attr]
+        return next(iter(self.model.parameters())).device
 
     def ask(self, cases: Sequence[Case], max_new_tokens: int, timed: Sequence[int] = ()) -> list[Reply]:
         prompts = [self._prompt(case) for case in cases]
         with memory_growth(str(self._device)) as growth:
-            texts = generate_texts(self._model, self._tokenizer, prompts, max_new_tokens=max_new_tokens,
+            texts = generate_texts(self.model, self.tokenizer, prompts, max_new_tokens=max_new_tokens,
                                    batch_size=self._batch_size)
-        weights = sum(tensor.nbytes for tensor in (*self._model.parameters(), *self._model.buffers()))  # type: ignore[union-attr]
+        weights = sum(tensor.nbytes for tensor in (*self.model.parameters(), *self.model.buffers()))
         self.memory = None if growth.bytes is None else weights + growth.bytes
         replies = [Reply(text) for text in texts]
         if timed:
@@ -118,24 +118,23 @@ class LocalModel(Answerer):
 
     def _prompt(self, case: Case) -> Messages | str:
         # The tokenizer of a base model may have no chat template: a lone question goes to it as it is.
-        plain = not self._tokenizer.chat_template and len(case.turns) == 1
+        plain = not self.tokenizer.chat_template and len(case.turns) == 1
         return case.question if plain else case.messages
 
     def _time(self, prompt: Messages | str, max_new_tokens: int) -> tuple[float, float, int]:
         """Seconds to the first piece and to the end, and tokens."""
         began, first, text = time.perf_counter(), None, ""
-        for piece in stream_text(self._model, self._tokenizer, prompt, max_new_tokens=max_new_tokens):
+        for piece in stream_text(self.model, self.tokenizer, prompt, max_new_tokens=max_new_tokens):
             first = first or time.perf_counter() - began
             text += piece
         seconds = time.perf_counter() - began
-        return first or seconds, seconds, len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return first or seconds, seconds, len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def surprise(self, cases: Sequence[Case]) -> list[tuple[float, int]] | None:
-        model: Any = self._model
-        found = []
+        model, found = self.model, []
         with torch.no_grad(), evaluating(model):
             for case in cases:
-                ids, labels = labelled(self._tokenizer, case)
+                ids, labels = labelled(self.tokenizer, case)
                 start = next(at for at, label in enumerate(labels) if label != IGNORED)
                 logits = model(input_ids=torch.tensor([ids], device=self._device), use_cache=False,
                                logits_to_keep=len(ids) - start + 1).logits[0, :-1]

@@ -8,7 +8,6 @@ from typing import Any
 from gazelle.base.errors import DataError
 from gazelle.data.conversation import Turn
 from gazelle.data.formats import is_messages, to_conversations
-from gazelle.data.parse import Row
 from gazelle.data.read import read_rows
 from gazelle.data.turns import text_of, turns_of
 

@@ -126,8 +126,8 @@ class Endpoint(Answerer):
         if not isinstance(event, dict):
             raise self._strange(data)
         if "error" in event:
-            raise ModelError("the server gave up on an answer", where=self.address, found=self._hide(str(event["error"])),
-                             expected="an answer", fix="look into the server's log")
+            raise ModelError("the server gave up on an answer", where=self.address, expected="an answer",
+                             found=self._hide(str(event["error"])), fix="look into the server's log")
         return event
 
     def _only_model(self) -> str:

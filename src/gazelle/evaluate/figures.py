@@ -16,7 +16,7 @@ def figures(report: "EvaluationReport") -> "list[tuple[str, Any]]":
     """(name, figure): scores of all models, the main metric by category, and times, as far as they were measured."""
     names = [result.name for result in report.results]
     found = []
-    scores = [metric for metric in report.metrics if metric.kind in _FULL]
+    scores = [metric for metric in report.metrics if metric.quality and metric.kind in _FULL]
     if scores:
         found.append(("scores", _bars("Scores (bleu and chrf of 100)", [metric.name for metric in scores], names, [
             [(result.overall[metric.name], _FULL[metric.kind]) for metric in scores] for result in report.results])))
@@ -24,7 +24,8 @@ def figures(report: "EvaluationReport") -> "list[tuple[str, Any]]":
     categories = report.results[0].by_category
     if main and len(categories) > 1:
         full = _FULL.get(main.kind, 1.0)
-        found.append(("categories", _bars(f"{main.name} by category", [name or "without" for name in categories], names, [
+        groups = [name or "without" for name in categories]
+        found.append(("categories", _bars(f"{main.name} by category", groups, names, [
             [(result.by_category[category][main.name], full) for category in categories]
             for result in report.results], whole=main.kind in _FULL)))
     times = [metric for metric in report.metrics if metric.kind == "seconds"]
@@ -36,7 +37,7 @@ def figures(report: "EvaluationReport") -> "list[tuple[str, Any]]":
 
 def _bars(title: str, groups: Sequence[str], models: Sequence[str],
           values: "Sequence[Sequence[tuple[Estimate | None, float]]]", *, whole: bool = True) -> Any:
-    """Horizontal bars with intervals, a group of models for each of `groups`; values are divided by what they are of."""
+    """Horizontal bars with intervals, a group of models for each of `groups`; values come with what they are of."""
     figure, axes = new_figure(title, (5.6, 0.9 + len(groups) * (0.16 + 0.22 * len(models))))
     height = 0.8 / len(models)
     for at, (name, row) in enumerate(zip(models, values, strict=True)):

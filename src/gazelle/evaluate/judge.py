@@ -4,9 +4,9 @@ import re
 from collections.abc import Callable, Sequence
 
 from gazelle.base.errors import OptionError
+from gazelle.data.conversation import Turn
 from gazelle.evaluate.answerers import Answerer
 from gazelle.evaluate.cases import Case
-from gazelle.data.conversation import Turn
 
 JudgeFunction = Callable[[Case, str], float | None]
 

@@ -45,7 +45,7 @@ class Metric:
     @property
     def quality(self) -> bool:
         """True if it says how right an answer is: failures are ordered by such."""
-        return self.better == "higher" and self.kind in ("share", "score", "percent") or self.name == PERPLEXITY
+        return self.name == PERPLEXITY or (self.better == "higher" and self.kind in ("share", "score", "percent"))
 
 
 def accuracy(case: Case, answer: str) -> float | None:
@@ -185,8 +185,10 @@ def overall(metric: Metric, scores: Sequence[float | None], cases: Sequence[Case
         told = [surprise for surprise in surprises if surprise]
         if not told:
             return None
-        ends = ratio_estimate(*zip(*told, strict=True), confidence=confidence, seed=seed)
-        return Estimate(*(None if end is None else float(np.exp(end)) for end in ends), count=len(told))  # type: ignore[arg-type]
+        nats, counts = zip(*told, strict=True)
+        value, low, high = ratio_estimate(nats, counts, confidence=confidence, seed=seed)
+        return Estimate(float(np.exp(value)), None if low is None else float(np.exp(low)),
+                        None if high is None else float(np.exp(high)), len(told))
     if metric.name in ("bleu", "chrf"):
         return _sacrebleu(metric.name, cases, replies, confidence)
     if metric.name.startswith("distinct_"):
@@ -199,13 +201,13 @@ def overall(metric: Metric, scores: Sequence[float | None], cases: Sequence[Case
 
 
 def _sacrebleu(name: str, cases: Sequence[Case], replies: Sequence[Reply], confidence: float) -> Estimate:
-    """The figure of the corpus against the nearest accepted answers, with sacrebleu's own bootstrap, which is of 95 %."""
+    """The figure of the corpus against the nearest accepted answers, with sacrebleu's own bootstrap, of 95 %."""
     answers = [reply.text for reply in replies]
     wanted = [nearest_expected(name, case, answer)[1] for case, answer in zip(cases, answers, strict=True)]
     value = corpus_score(name, answers, wanted)
     if confidence != 0.95 or len(answers) < 2:
         return Estimate(value, count=len(answers))
-    metrics: Any = require("sacrebleu.metrics")
+    metrics: Any = require("sacrebleu").metrics
     metric = metrics.BLEU(tokenize=bleu_tokens(wanted)) if name == "bleu" else metrics.CHRF()
     found = metric.corpus_score(answers, [wanted], n_bootstrap=1000)
     said = json.loads(found.format(signature=str(metric.get_signature()), is_json=True, width=6))

@@ -132,9 +132,9 @@ class EvaluationPipeline:
         def estimate(metric: Metric, chosen: Sequence[int]) -> Estimate | None:
             if metric.name == MEMORY:
                 return None if answerer.memory is None else Estimate(answerer.memory)
-            return overall(metric, *([items[number] for number in chosen] for items
-                                     in (scores[metric.name], self.cases, replies, surprises)),
-                           confidence=self._confidence, seed=self._seed)
+            return overall(metric, [scores[metric.name][number] for number in chosen],
+                           [self.cases[number] for number in chosen], [replies[number] for number in chosen],
+                           [surprises[number] for number in chosen], confidence=self._confidence, seed=self._seed)
 
         everything = range(len(self.cases))
         return Result(name, answerer.runs_on, seconds, replies, scores,
@@ -162,7 +162,7 @@ def answerer_of(model: Any, tokenizer: "PreTrainedTokenizerBase | None" = None, 
     if isinstance(model, Answerer):
         return model
     if isinstance(model, tuple | list) and len(model) == 2:
-        return answerer_of(*model, batch_size)
+        return answerer_of(model[0], model[1], batch_size)
     if isinstance(model, str) and model.startswith(("http://", "https://")):
         return Endpoint(model)
     return LocalModel(model, tokenizer, batch_size=batch_size)

@@ -8,12 +8,12 @@ from typing import Any
 
 from gazelle.base.errors import shorten
 from gazelle.base.figures import svg_of
-from gazelle.base.files import staged_folder
+from gazelle.base.files import check_writable, disk_errors, write_text
 from gazelle.base.machine import fact_rows
 from gazelle.base.pages import page_template
 from gazelle.evaluate.answerers import Reply
 from gazelle.evaluate.cases import Case
-from gazelle.evaluate.metrics import MEMORY, Metric
+from gazelle.evaluate.metrics import Metric
 from gazelle.evaluate.statistics import Difference, Estimate
 
 SHOWN_FAILURES = 20  # of a model in Markdown; HTML has ten times as many, JSON has all answers
@@ -156,17 +156,19 @@ class EvaluationReport:
         return paths
 
     def save(self, folder: str | Path) -> Path:
-        """Write evaluation.json, .md, .html and the figures; the folder is replaced as a whole. Returns it.
+        """Write evaluation.json, .md, .html and the figures into a folder; other files in it, such as votes, stay.
 
         Raises:
             OutputError: the place cannot be written to.
         """
         target = Path(folder)
-        with staged_folder(target) as staging:
-            (staging / "evaluation.json").write_text(self.to_json(), encoding="utf-8")
-            (staging / "evaluation.md").write_text(self.to_markdown(), encoding="utf-8")
-            (staging / "evaluation.html").write_text(self.to_html(), encoding="utf-8")
-            self.plot(staging)
+        check_writable(target)
+        texts = {"json": self.to_json(), "md": self.to_markdown(), "html": self.to_html()}
+        target.mkdir(parents=True, exist_ok=True)
+        with disk_errors(target):
+            for suffix, text in texts.items():
+                write_text(target / f"evaluation.{suffix}", text)
+            self.plot(target)
         return target
 
     def summary(self) -> str:
@@ -198,7 +200,8 @@ class EvaluationReport:
         rows = []
         for number in self.failures(result.name)[:most]:
             case = self.cases[number]
-            cells = [case.question, " / ".join(case.expected or case.keys), result.replies[number].text.strip() or "(nothing)"]
+            cells = [case.question, " / ".join(case.expected or case.keys),
+                     result.replies[number].text.strip() or "(nothing)"]
             score = result.scores[main.name][number] if main else None
             rows.append([*(cell if whole else shorten(cell) for cell in cells),
                          "–" if score is None or main is None else shown(main, Estimate(score))])
@@ -208,12 +211,12 @@ class EvaluationReport:
         """How figures and tests were made."""
         share = f"{self.settings['confidence']:.0%}"
         notes = [f"- {metric.name}: {metric.says}" for metric in self.metrics]
-        notes.append(f"- In brackets: {share} intervals, Wilson's for shares, by bootstrap over the cases for all else.")
+        notes.append(f"- In brackets: {share} intervals, Wilson's for shares, by bootstrap over the cases else.")
         if any(metric.timed for metric in self.metrics):
             notes.append(f"- Times: {min(self.settings['timed_cases'], len(self.cases))} cases, one at a time.")
         if self.comparisons:
-            notes.append("- Differences are means over the cases, of bleu and chrf of each sentence's score. p is not "
-                         f"corrected for the {len(self.comparisons)} comparisons made.")
+            notes.append("- Differences are means over the cases, of bleu, chrf and perplexity of what each case "
+                         f"scores by itself. p is not corrected for the {len(self.comparisons)} comparisons made.")
         return ["\n".join(notes)]
 
 

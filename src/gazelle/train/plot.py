@@ -7,7 +7,6 @@ from gazelle.base.figures import COLOURS, INK, new_figure, svg_of
 from gazelle.train.metrics import is_eval_loss
 
 
-
 def curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[str, list[float], list[float]]]]:
     """Panel title → (label, steps, values) of each of its lines; panels without any value are left out."""
 
