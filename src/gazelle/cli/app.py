@@ -104,7 +104,7 @@ def eval_(
     models: Annotated[list[str], typer.Argument(
         help="Folder, hub name, GGUF file or http://host:port/v1#name; NAME=PLACE names it. The first is compared with."
     )],
-    cases: Annotated[Path | None, typer.Option(help="File of test cases: input and expected, or rows to train on.")] = None,
+    cases: Annotated[Path | None, typer.Option(help="File of test cases, or of rows as training takes them.")] = None,
     metrics: Annotated[str, typer.Option(help="Names with commas between.")] = "accuracy,token_f1,perplexity,latency",
     judge: Annotated[str | None, typer.Option(help="A model that grades answers, as MODEL.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report.")] = None,
@@ -178,7 +178,7 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    model: Annotated[str | None, typer.Argument(help="Folder, hub name or GGUF file. Default: the demo's step.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder, hub name or GGUF file. Default: the demo's.")] = None,
     rows: Annotated[int, typer.Option(min=1, help="Without MODEL: rows in a batch.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Without MODEL: measured steps of each, after warm-up steps.")] = 7,
     lengths: Annotated[str, typer.Option(help="Of MODEL: lengths in tokens.")] = "256,512",
@@ -190,10 +190,10 @@ def bench(
         bool, typer.Option("--train/--no-train", help="Of MODEL: with LoRA on the engine, and a training step.")
     ] = True,
     load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Of MODEL: 4-bit weights.")] = False,
-    out: Annotated[Path | None, typer.Option(help="File for the result: JSON; of MODEL .csv, .md or .png, too.")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result; of MODEL .csv, .md or .png, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure a training step on this machine, beside Hugging Face + PEFT; or prefill, decoding and training of MODEL."""
+    """Measure a training step beside Hugging Face + PEFT; or prefill, decoding and a training step of MODEL."""
     from gazelle.cli.bench import bench_command, bench_model
 
     if model is None:

@@ -1,9 +1,9 @@
 """`gazelle bench`: a training step on this machine, gazelle beside Hugging Face + PEFT, on the demo's rows; or, of a
 model that is named, prefill, decoding and a training step by length and batch size.
 
-Of the two, both train the same LoRA on the same rows of the same model with an optimizer of their own. Hugging Face + PEFT is the
-plain script: padded batches, the model's own loss over all positions. Steps alternate between the two, so that whatever
-else the machine does falls on both; the figure is the median.
+Both of the two train the same LoRA on the same rows of the same model with an optimizer of their own. Hugging Face +
+PEFT is the plain script: padded batches, the model's own loss over all positions. Steps alternate between the two, so
+that whatever else the machine does falls on both; the figure is the median.
 """
 
 import copy

@@ -188,7 +188,7 @@ def _in_dtype(model: Any, dtype: "str | torch.dtype | None", device: torch.devic
             if tensor.dtype == base.dtype and not (adapted and tensor.requires_grad)]
     try:
         for tensor, data in kept:
-            tensor.data = data.to(wanted)  # type: ignore[arg-type]
+            tensor.data = data.to(wanted)
         yield name
     finally:
         for tensor, data in kept:

@@ -51,8 +51,8 @@ class BenchmarkReport:
         set_, machine = self.settings, self.machine
         versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         return (f"{table(head, rows)}\n\n{set_['model'] or 'A model'} in {set_['dtype']}, weights "
-                f"{set_['weights_bytes'] / 2**30:.2f} GiB, {set_['trained_parameters']:,} parameters trained; medians of "
-                f"{set_['iterations']} iterations after {set_['warmup']}, {set_['new_tokens']} tokens decoded "
+                f"{set_['weights_bytes'] / 2**30:.2f} GiB, {set_['trained_parameters']:,} parameters trained; medians "
+                f"of {set_['iterations']} iterations after {set_['warmup']}, {set_['new_tokens']} tokens decoded "
                 f"({machine['device']}, {machine['date']}, {versions}).\n")
 
     def to_csv(self) -> str:

@@ -71,13 +71,14 @@ def run_tasks(models: Mapping[str, Answerer], tasks: Sequence[str], *, include_p
         DataError: a task whose data cannot be loaded.
     """
     lm_eval: Any = require("lm_eval")
-    for name, model in models.items():
-        if not isinstance(model, LocalModel):
+    local = {name: model for name, model in models.items() if isinstance(model, LocalModel)}
+    for name in models:
+        if name not in local:
             raise OptionError("lm-eval asks models in this process alone", where="MODEL", found=name,
                               expected="a folder, or a hub name", fix="leave it out, or use --cases")
     manager = _manager(tasks, include_path)
     scores = []
-    for name, model in models.items():
+    for name, model in local.items():
         logger.info("asking %s the tasks %s …", name, ", ".join(tasks))
         model.open()
         try:
