@@ -8,8 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 
-@pytest.fixture
-def tiny(demo_tokenizer: Any) -> LlamaForCausalLM:
+def make_tiny(demo_tokenizer: Any) -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -18,8 +17,13 @@ def tiny(demo_tokenizer: Any) -> LlamaForCausalLM:
 
 
 @pytest.fixture
-def tiny_folder(tiny: LlamaForCausalLM, demo_tokenizer: Any, tmp_path: Path) -> Path:
+def tiny(demo_tokenizer: Any) -> LlamaForCausalLM:
+    return make_tiny(demo_tokenizer)
+
+
+@pytest.fixture
+def tiny_folder(demo_tokenizer: Any, tmp_path: Path) -> Path:
     folder = tmp_path / "tiny"
-    tiny.save_pretrained(folder)
+    make_tiny(demo_tokenizer).save_pretrained(folder)
     demo_tokenizer.save_pretrained(folder)
     return folder

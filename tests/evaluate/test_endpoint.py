@@ -96,7 +96,8 @@ def test_a_running_server_is_evaluated(server: Server) -> None:
     assert result.runs_on == f"echo at {server.url}"
     assert result.overall["perplexity"] is None  # which the protocol does not tell
     assert [reply.tokens for reply in result.replies if reply.seconds] == [7] * 3
-    assert all(0 < reply.first_token <= reply.seconds for reply in result.replies if reply.seconds and reply.first_token)
+    timed = [(reply.first_token, reply.seconds) for reply in result.replies if reply.seconds and reply.first_token]
+    assert len(timed) == 3 and all(0 < first <= seconds for first, seconds in timed)
     body = server.bodies[-1]
     assert body["messages"][0] == {"role": "system", "content": "Loud."}
     assert (body["temperature"], body["max_tokens"], body["model"]) == (0, 9, "echo")

@@ -1,5 +1,6 @@
 """`EvaluationPipeline` on real models, and its report."""
 
+import copy
 import json
 import re
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from gazelle.base.errors import DataError, OptionError
 from gazelle.evaluate.answerers import Answerer, LocalModel, Reply
 from gazelle.evaluate.cases import Case, read_cases
 from gazelle.evaluate.judge import grade_in
+from gazelle.evaluate.metrics import METRICS
 from gazelle.evaluate.report import EvaluationReport, shown
 from gazelle.evaluate.statistics import Estimate
 
@@ -51,7 +53,8 @@ CASES = [
 def report(**options: Any) -> EvaluationReport:
     return EvaluationPipeline(models={"first": Parrot("Paris", "Milan", "<script>alert(1)</script> | Kyoto", "上海"),
                                       "second": Parrot("It is Paris.", "Roma", "Tokyo", "是上海")},
-                              test_cases=CASES, metrics=["accuracy", "token_f1", "latency"], timed_cases=2, **options).run()
+                              test_cases=CASES, metrics=["accuracy", "token_f1", "latency"], timed_cases=2,
+                              **options).run()
 
 
 def test_figures_by_hand() -> None:
@@ -102,8 +105,8 @@ def test_json_holds_every_answer(tmp_path: Path) -> None:
     assert content["cases"][1]["scores"]["second"]["accuracy"] == 1
     assert content["models"]["first"]["overall"]["accuracy"]["count"] == 4
     assert content["comparisons"][0]["p"] == 0.5 and content["machine"]["versions"]["gazelle"]
-    assert {path.name for path in folder.iterdir()} == {
-        "evaluation.json", "evaluation.md", "evaluation.html", "scores.png", "categories.png", "times.png", "votes.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {"evaluation.json", "evaluation.md", "evaluation.html",
+                                                        "scores.png", "categories.png", "times.png", "votes.jsonl"}
     assert votes.read_text() == "kept"
     for path in folder.glob("*.png"):
         image = imread(path)
@@ -134,7 +137,7 @@ def test_perplexity_is_hugging_faces_loss(tiny: Any, demo_tokenizer: Any) -> Non
     case, = read_cases([{"input": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"},
                                    {"role": "user", "content": "What is red?"}], "expected": ["A crate.", "x"]}])
     told = LocalModel(tiny, demo_tokenizer).surprise([case])
-    prompt = demo_tokenizer.apply_chat_template(case.messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    prompt = demo_tokenizer.apply_chat_template(case.messages, add_generation_prompt=True, return_dict=True).input_ids
     answer = demo_tokenizer("A crate.<|im_end|>", add_special_tokens=False)["input_ids"]
     labels = torch.tensor([[-100] * len(prompt) + answer])
     with torch.no_grad():
@@ -145,15 +148,13 @@ def test_perplexity_is_hugging_faces_loss(tiny: Any, demo_tokenizer: Any) -> Non
 
 
 def test_a_base_model_without_a_template_goes_on_with_the_text(tiny: Any, demo_tokenizer: Any) -> None:
-    import copy
-
     tokenizer = copy.deepcopy(demo_tokenizer)
     tokenizer.chat_template = None
     case, = read_cases([{"input": "The crate is", "expected": " red"}])
     answerer = LocalModel(tiny, tokenizer)
     ids = tokenizer("The crate is")["input_ids"]
-    want = tiny.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long), max_new_tokens=4,
-                         do_sample=False)[0, len(ids):]
+    mask = torch.ones(1, len(ids), dtype=torch.long)
+    want = tiny.generate(torch.tensor([ids]), attention_mask=mask, max_new_tokens=4, do_sample=False)[0, len(ids):]
     assert answerer.ask([case], 4)[0].text == tokenizer.decode(want, skip_special_tokens=True)
     told = answerer.surprise([case])
     target = [*tokenizer(" red", add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
@@ -222,7 +223,8 @@ def test_a_case_without_an_answer_is_named() -> None:
     with pytest.raises(DataError, match="accuracy needs 'expected'") as caught:
         EvaluationPipeline(Parrot("x"), test_cases=[*CASES, {"input": "?"}])
     assert caught.value.where == "row 5"
-    assert EvaluationPipeline(Parrot("x"), test_cases=[{"input": "?"}], metrics=["length"]).run().failures("model") == []
+    found = EvaluationPipeline(Parrot("x"), test_cases=[{"input": "?"}], metrics=["length"]).run()
+    assert found.failures("model") == []
 
 
 def test_a_model_needs_its_tokenizer(tiny: Any) -> None:
@@ -231,8 +233,6 @@ def test_a_model_needs_its_tokenizer(tiny: Any) -> None:
 
 
 def test_units() -> None:
-    from gazelle.evaluate.metrics import METRICS
-
     assert shown(METRICS["accuracy"], Estimate(0.5, 0.25, 0.75)) == "50% [25%, 75%]"
     assert shown(METRICS["first_token"], Estimate(0.0123)) == "0.012 s"
     assert shown(METRICS["peak_memory"], Estimate(1.5e9)) == "1.50 GB"

@@ -92,9 +92,10 @@ def _measured(cell: Cell, error_field: str, measure: Callable[[], None]) -> None
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and not _NO_MEMORY.search(str(error)):
             raise
         setattr(cell, error_field, OUT_OF_MEMORY)
-    gc.collect()  # the frames of what ran out of memory hold its tensors until here
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    if getattr(cell, error_field):
+        gc.collect()  # what ran out of memory may hold tensors in cycles
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _inference(model: Any, ids: torch.Tensor, cell: Cell, weights: int, warmup: int, iterations: int,
