@@ -14,8 +14,8 @@ from gazelle.cli.demo import PACKAGE, demo_model
 from gazelle.evaluate.pipeline import EvaluationPipeline
 
 OUT = Path(__file__).parent / "results" / "evaluation.json"
-METRICS = ("accuracy", "key_coverage", "token_f1", "rougeL", "bleu", "chrf", "perplexity", "length", "first_token",
-           "latency", "tokens_per_second", "peak_memory")
+QUALITY = ("accuracy", "key_coverage", "token_f1", "rougeL", "bleu", "chrf", "perplexity", "length", "distinct_2")
+TIMES = ("first_token", "latency", "tokens_per_second", "peak_memory")
 
 
 def main() -> None:
@@ -23,9 +23,11 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--report", type=Path, help="folder for the report, too")
+    parser.add_argument("--times", action="store_true", help="measure speed and memory, too: on a quiet machine")
     options = parser.parse_args()
     log_to_terminal()
-    report = EvaluationPipeline(models={"before": str(demo_model()), "after": str(options.run)}, metrics=METRICS,
+    report = EvaluationPipeline(models={"before": str(demo_model()), "after": str(options.run)},
+                                metrics=QUALITY + TIMES * options.times,
                                 test_cases=PACKAGE / "demo" / "test.jsonl", max_new_tokens=48, batch_size=80).run()
     content = json.loads(report.to_json())
     content["settings"]["test_cases"] = "src/gazelle/demo/test.jsonl"

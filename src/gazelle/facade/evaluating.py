@@ -33,7 +33,7 @@ class LlamaModel(Answerer):
                              fix="check the path")
 
     def open(self) -> None:
-        self._tokenizer = load_tokenizer(str(self._path))
+        self._tokenizer, _ = load_tokenizer(str(self._path))
         self.runs_on = f"llama.cpp ({self._library}), {torch.get_num_threads()} threads"
 
     def ask(self, cases: Sequence[Case], max_new_tokens: int, timed: Sequence[int] = ()) -> list[Reply]:
