@@ -141,7 +141,7 @@ CASES = [
     Case("unknown file type", ("rows.xyz",), file="rows.xyz"),
     Case("unknown format", ("alpacca", "did you mean"), overrides=("data.format=alpacca",)),
     Case("column map to nowhere", ("frage",), overrides=("data.columns={instruction: frage}",)),
-    Case("nothing to hold out", ("eval_fraction 0.1 of 1 rows",), overrides=("data.eval_fraction=0.1",)),
+    Case("nothing to hold out", ("eval_split 0.1 of 1 rows",), overrides=("data.eval_split=0.1",)),
     # the checkpoint
     Case("no such model", ("nowhere",), overrides=("model.name=./nowhere",)),
     Case("not a model folder", ("config.json",), prepare=break_model(lambda m: (m / "config.json").unlink())),

@@ -7,6 +7,7 @@ import io
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,7 @@ def test_no_command_is_untested() -> None:
         ".venv/bin/gazelle chat out/demo",
         "gazelle recipes", "gazelle recipes lora > my.yaml", "gazelle train my.yaml --dry-run",
         "gazelle train my.yaml train.learning_rate=1e-4", "gazelle train my.yaml --print-recipe",
+        "gazelle train my.yaml --eval-split 0.2", "gazelle compare out/lora out/qlora --plot runs.png",
         "gazelle train my.yaml --resume", "gazelle run script.py",
         "gazelle chat out/lora", "gazelle export out/lora --to gguf:q4_k_m,q8_0",
         "gazelle export out/lora --to merged --verify", "gazelle doctor", "gazelle bench",
@@ -97,11 +99,16 @@ def test_the_commands_of_a_recipe(
     (tmp_path / "train.jsonl").write_text("".join((PACKAGE / "demo/train.jsonl").read_text().splitlines(True)[:40]))
     assert main(["train", "my.yaml", "--dry-run"]) == 0
     assert "labelled" in capsys.readouterr().out
+    assert main(["train", "my.yaml", "--eval-split", "0.2", "--dry-run"]) == 0
+    assert "eval_split 0.2 by seed" in capsys.readouterr().out
     assert main(["train", "my.yaml", "--print-recipe"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["train"]["max_steps"] == 2
     assert not (tmp_path / "out").exists()
     assert main(["train", "my.yaml", "train.learning_rate=1e-4"]) == 0
     assert main(["train", "my.yaml", "--resume"]) == 0
+    shutil.copytree("out/lora", "out/qlora")
+    assert main(["compare", "out/lora", "out/qlora", "--plot", "runs.png"]) == 0
+    assert Path("runs.png").stat().st_size > 0
     monkeypatch.setattr("sys.stdin", io.StringIO("Hello?\n"))
     assert main(["chat", "out/lora", "--max-new-tokens", "4"]) == 0
     assert main(["export", "out/lora", "--to", "gguf:q4_k_m,q8_0"]) == 0

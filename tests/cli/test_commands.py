@@ -15,7 +15,7 @@ from gazelle.__main__ import main
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for command in ("demo", "train", "chat", "doctor", "recipes"):
+    for command in ("demo", "train", "chat", "compare", "doctor", "recipes"):
         assert command in printed
 
 

@@ -96,15 +96,3 @@ def test_hub_data_sets_that_are_scripts(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(DataError, match="hub") as caught:
         read_rows("owner/name")
     assert "scripts" in caught.value.found
-
-
-def test_rows_are_a_sequence_that_splits() -> None:
-    rows = read_rows([{"text": str(number)} for number in range(10)])
-    assert read_rows(rows) is rows
-    assert [row["text"] for row, _ in rows[2:4]] == ["2", "3"]
-    kept, held = rows.split(0.2, seed=1)
-    assert (len(kept), len(held)) == (8, 2)
-    assert sorted([*kept, *held], key=str) == sorted(rows, key=str)
-    assert rows.split(0.2, seed=1)[1] == held
-    with pytest.raises(DataError, match="hold out"):
-        rows.split(0.01, seed=1)

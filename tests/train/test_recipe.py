@@ -59,9 +59,9 @@ def test_lora_null_means_full_fine_tuning(tmp_path: Path) -> None:
 
 
 def test_rows_held_out_are_looked_at(tmp_path: Path) -> None:
-    recipe = load_recipe(write(tmp_path, SMALL), ["data.eval_fraction=0.1"])
+    recipe = load_recipe(write(tmp_path, SMALL), ["data.eval_split=0.1"])
     assert recipe.sft_config().eval_strategy == "epoch"
-    recipe = load_recipe(write(tmp_path, SMALL), ["data.eval_fraction=0.1", "train.eval_strategy=no"])
+    recipe = load_recipe(write(tmp_path, SMALL), ["data.eval_split=0.1", "train.eval_strategy=no"])
     assert recipe.sft_config().eval_strategy == "no"  # YAML reads an unquoted no as False
 
 

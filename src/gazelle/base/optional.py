@@ -11,8 +11,10 @@ from gazelle.base.errors import MissingDependencyError
 OPTIONAL = {
     "sentencepiece": ("sentencepiece", "tokenizers of older Llama and Gemma checkpoints", "pip install sentencepiece"),
     "triton": ("triton", "GPU kernels (comes with torch on a GPU machine)", "pip install triton"),
-    "tensorboard": ("tensorboard", 'report_to="tensorboard"', "pip install tensorboard"),
-    "wandb": ("wandb", 'report_to="wandb"', "pip install wandb"),
+    "tensorboard": ("tensorboard", 'report_to="tensorboard"', "pip install gazelle[tensorboard]"),
+    "wandb": ("wandb", 'report_to="wandb"', "pip install gazelle[wandb]"),
+    "mlflow": ("mlflow-skinny", 'report_to="mlflow"', "pip install gazelle[mlflow]"),
+    "trackio": ("trackio", 'report_to="trackio"', "pip install gazelle[trackio]"),
     "rouge_score": ("rouge-score", "the metrics rouge1, rouge2 and rougeL", "pip install gazelle[evaluate]"),
     "sacrebleu": ("sacrebleu", "the metrics bleu and chrf", "pip install gazelle[evaluate]"),
     "lm_eval": ("lm-eval", "`gazelle eval --tasks`", "pip install gazelle[lm-eval]"),

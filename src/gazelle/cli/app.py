@@ -34,11 +34,15 @@ def train(
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Use a folder that holds an earlier run.")] = False,
+    eval_split: Annotated[
+        float | None, typer.Option("--eval-split", help="Hold out this share of the rows; rows alike stay together.")
+    ] = None,
 ) -> None:
     """Fine-tune as a recipe says."""
     from gazelle.cli.train import train_command
 
-    train_command(recipe, overrides or [], dry_run=dry_run, print_recipe=print_recipe, resume=resume,
+    overrides = [*(overrides or []), *([] if eval_split is None else [f"data.eval_split={eval_split}"])]
+    train_command(recipe, overrides, dry_run=dry_run, print_recipe=print_recipe, resume=resume,
                   overwrite=overwrite)
 
 
@@ -166,6 +170,19 @@ def plan(
 
     plan_command(model, seq=seq, batch=batch, budget=budget, r=r, load_in_4bit=load_in_4bit, load_in_8bit=load_in_8bit,
                  full=full, optim=optim, precision=precision, checkpointing=checkpointing)
+
+
+@app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Folders that training wrote; runs may still be going.")],
+    plot: Annotated[Path | None, typer.Option("--plot", help="PNG file to draw the curves in.")] = None,
+    html: Annotated[Path | None, typer.Option("--html", help="HTML file for table and curves.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures and settings as JSON.")] = False,
+) -> None:
+    """Put several runs side by side: what differs, what came of it, and their curves in one picture."""
+    from gazelle.cli.compare import compare_command
+
+    compare_command(runs, plot, html, json=as_json)
 
 
 @app.command()

@@ -134,7 +134,7 @@ def encode(conversations: Sequence[Conversation], tokenizer: Any, *, max_length:
                 _keep_text(*next(texts), row.where, encoded)
             encoded.row_keys.append(_key(*(f"{turn.role}: {turn.content} {dict(turn.extra)}" for turn in row.turns),
                                          str(row.tools or ""), row.text or ""))
-            encoded.prompt_keys.append(_key(plain) if (plain := _plain(prompt_text(row))) else encoded.row_keys[-1])
+            encoded.prompt_keys.append(_key(plain) if (plain := plain_text(prompt_text(row))) else encoded.row_keys[-1])
         _compare(compare, tokenizer, encoded)
     if not encoded.examples:
         raise DataError("no row has a labelled token within max_length", where=conversations[0].where if conversations
@@ -282,7 +282,7 @@ def _sample(example: Example, tokenizer: Any) -> list[tuple[str, bool]]:
             for labelled, group in itertools.groupby(pairs, lambda pair: pair[1] != IGNORED)]
 
 
-def _plain(text: str) -> str:
+def plain_text(text: str) -> str:
     """`text` without case, spacing and sentence punctuation; signs such as + and - stay, they change a question."""
     return " ".join(re.sub(r"[.,;:!?'\"()\[\]…“”‘’¿¡、。，！？：；]", " ", text.casefold()).split())
 

@@ -2,22 +2,30 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gazelle.data.conversation import Conversation
 from gazelle.data.formats import detect_format, to_conversations, unused_columns
 from gazelle.data.formatting import FormattingFunc
 from gazelle.data.read import read_rows
 
+if TYPE_CHECKING:
+    from gazelle.data.holdout import HeldOut
+
 
 @dataclass(frozen=True)
 class Loaded:
-    """Conversations, the source they were read from, the format they had, and the columns that it does not use."""
+    """Conversations, the source they were read from, the format they had, and the columns that it does not use.
+
+    Attributes:
+        held_out: how they were split, if these are a part of the source.
+    """
 
     conversations: list[Conversation]
     source: str
     format: str
     unused: tuple[str, ...] = ()
+    held_out: "HeldOut | None" = None
 
 
 def load_conversations(

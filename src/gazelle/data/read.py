@@ -38,22 +38,6 @@ class Rows(Sequence[Row]):
     def __getitem__(self, index: int | slice) -> "Row | Rows":
         return Rows(self.items[index], self.source) if isinstance(index, slice) else self.items[index]
 
-    def split(self, fraction: float, *, seed: int) -> "tuple[Rows, Rows]":
-        """The rows without a random `fraction` of them, and that fraction, both in their old order.
-
-        Raises:
-            DataError: one of the two would be empty.
-        """
-        count = round(len(self) * fraction)
-        if not 0 < count < len(self):
-            raise DataError("a fraction to hold out leaves nothing on one side", where=self.source,
-                            found=f"eval_fraction {fraction} of {len(self)} rows",
-                            expected="at least one row on each side",
-                            fix="choose another eval_fraction (0 holds out nothing), or add rows")
-        held = {int(index) for index in np.random.default_rng(seed).permutation(len(self))[:count]}
-        kept = [row for index, row in enumerate(self.items) if index not in held]
-        return Rows(kept, self.source), Rows([self.items[index] for index in sorted(held)], self.source)
-
 
 def read_rows(source: Any, *, split: str = "train", token: str | None = None) -> Rows:
     """Read every row of `source`.

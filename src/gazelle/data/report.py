@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gazelle.data.encode import IGNORED, Encoded, Mismatch
+from gazelle.data.holdout import HeldOut
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,6 +57,7 @@ class DataReport:
         overlap_rows: test rows that are in the train split word for word.
         overlap_prompts: test rows whose prompt is in the train split, up to case, spacing and punctuation.
         warnings: sentences for people, each with its remedy.
+        held_out: how the test rows were drawn, if they come from the same source.
     """
 
     train: SplitReport
@@ -63,6 +65,7 @@ class DataReport:
     overlap_rows: int
     overlap_prompts: int
     warnings: list[str]
+    held_out: HeldOut | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain dicts, lists, numbers and strings."""
@@ -75,6 +78,7 @@ class DataReport:
         sample = "".join(f"⟦{text}⟧" if labelled else text for text, labelled in self.train.sample).splitlines()
         return [*("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
                   for row in cells),
+                *([f"eval_split {self.held_out.line()}"] if self.held_out else []),
                 *(["first row, labelled text in ⟦ ⟧:"] if sample else []), *("  " + line for line in sample),
                 *("warning: " + warning for warning in self.warnings if warnings)]
 
@@ -111,10 +115,12 @@ class DataReport:
         yield ["unlike inference", *(f"{split.mismatched:,} of {split.checked:,} answers" for split in splits)]
         if self.test:
             yield ["also in train: rows / prompts", "", f"{self.overlap_rows:,} / {self.overlap_prompts:,}"]
+        if self.held_out:
+            yield ["held out", f"{self.held_out.train:,} rows left", f"{self.held_out.evaluation:,} rows"]
 
 
-def data_report(train: Encoded, test: Encoded | None = None) -> DataReport:
-    """Sum up what `encode` saw in the train split and, if given, the test split."""
+def data_report(train: Encoded, test: Encoded | None = None, held_out: HeldOut | None = None) -> DataReport:
+    """Sum up what `encode` saw in the train split and, if given, the test split, and how that was drawn."""
     rows = prompts = 0
     if test is not None:
         rows = _shared(test.row_keys, train.row_keys)
@@ -125,7 +131,7 @@ def data_report(train: Encoded, test: Encoded | None = None) -> DataReport:
     if prompts:
         warnings.append(f"{prompts} of {reports[-1].rows} test prompts are in the train split too, {rows} with the same"
                         " answer: the test shows what was memorised; take them out of one of the two.")
-    return DataReport(reports[0], reports[1] if test is not None else None, rows, prompts, warnings)
+    return DataReport(reports[0], reports[1] if test is not None else None, rows, prompts, warnings, held_out)
 
 
 def _shared(keys: list[bytes], others: list[bytes]) -> int:

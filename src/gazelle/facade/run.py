@@ -10,6 +10,7 @@ from gazelle.base.device import check_device, default_device
 from gazelle.base.errors import OutputError
 from gazelle.base.files import check_writable, write_text
 from gazelle.base.lock import check_unlocked, folder_lock
+from gazelle.data.holdout import hold_out
 from gazelle.data.load import Loaded, load_conversations
 from gazelle.data.read import Rows, read_rows
 from gazelle.data.report import DataReport
@@ -28,7 +29,7 @@ from gazelle.train.trainer import SFTTrainer
 LEFT_BY_A_RUN = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors",
     "model.safetensors.index.json", "metrics.jsonl", "report.html", "loss.png", "recipe.yaml", "scores.json",
-    "gazelle.json", "checkpoint-[0-9]*", ".checkpoint-[0-9]*",
+    "gazelle.json", "tracking.json", "checkpoint-[0-9]*", ".checkpoint-[0-9]*",
 )
 
 
@@ -50,7 +51,7 @@ def check_recipe(recipe: Recipe) -> Checked:
         check_device(recipe.model.device_map)
     config = recipe.sft_config()
     data = recipe.data
-    check_eval_rows(config, data.eval is not None or data.eval_fraction > 0)
+    check_eval_rows(config, data.eval is not None or data.eval_split > 0)
 
     def conversations(rows: Rows) -> Loaded:
         return load_conversations(rows, format=data.format, columns=data.columns, system=data.system)
@@ -58,8 +59,9 @@ def check_recipe(recipe: Recipe) -> Checked:
     train = read_rows(data.train, split="train")
     if data.eval is not None:
         evaluation = read_rows(data.eval, split="eval")
-    elif data.eval_fraction:
-        train, evaluation = train.split(data.eval_fraction, seed=config.seed)
+    elif data.eval_split:
+        return Checked(*hold_out(conversations(train), data.eval_split, seed=config.seed, rows=train,
+                                 column=data.eval_group_column))
     else:
         return Checked(conversations(train), None)
     return Checked(conversations(train), conversations(evaluation))

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 Messages = list[dict[str, Any]]
 
 
-def generate_texts(model: Any, tokenizer: "PreTrainedTokenizerBase", conversations_or_prompts: Sequence[Messages | str],
-                   *, max_new_tokens: int, batch_size: int = 32, temperature: float = 0.0) -> list[str]:
+def generate_texts(model: Any, tokenizer: "PreTrainedTokenizerBase",
+                   conversations_or_prompts: Sequence[Messages | str | list[int]], *, max_new_tokens: int,
+                   batch_size: int = 32, temperature: float = 0.0) -> list[str]:
     """One answer for each conversation or prompt, in their order, without special tokens.
 
     Batches hold inputs of similar length, padded on the left. Generation stops at any of the model's EOS tokens. The
@@ -27,7 +28,8 @@ def generate_texts(model: Any, tokenizer: "PreTrainedTokenizerBase", conversatio
     Args:
         model: a causal language model, with or without an adapter.
         tokenizer: its tokenizer.
-        conversations_or_prompts: messages, to which the chat template adds the assistant's turn, or plain texts.
+        conversations_or_prompts: messages, to which the chat template adds the assistant's turn, plain texts, or the
+            token ids of whole prompts.
         max_new_tokens: tokens an answer may have.
         batch_size: inputs at a time.
         temperature: 0 takes the likeliest token each time, more draws at random.
@@ -113,7 +115,9 @@ def _choose(logits: torch.Tensor, temperature: float, top_p: float) -> int:
     return int(tokens[torch.multinomial(chances, 1)])
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", item: Messages | str) -> list[int]:
+def _encode(tokenizer: "PreTrainedTokenizerBase", item: Messages | str | list[int]) -> list[int]:
+    if item and isinstance(item[0], int):
+        return cast(list[int], item)
     if isinstance(item, str):
         ids: list[int] = tokenizer(item)["input_ids"]
         # A prompt rendered with the chat template brings its first token along; once is enough.

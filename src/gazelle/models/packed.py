@@ -109,6 +109,9 @@ def _swapped(inner: "PreTrainedModel") -> Iterator[None]:
     # set_attn_implementation also rewrites the configs of parts, so each is put back by itself.
     configs = {id(config): config for config in _configs(inner)}
     earlier = {key: config._attn_implementation_internal for key, config in configs.items()}
+    if earlier[id(inner.config)] == _NAME:  # on already, and an outer block knows what was before
+        yield
+        return
 
     def put(implementations: dict[int, Any]) -> None:
         for key, config in configs.items():

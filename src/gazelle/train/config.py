@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
 from transformers.training_args import OptimizerNames
 
@@ -14,8 +13,9 @@ from gazelle.adapters.lora import CHECKPOINTING
 from gazelle.base.device import default_device
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import say_once
-from gazelle.base.optional import OPTIONAL, require
 from gazelle.base.sizes import parse_bytes
+from gazelle.train.eval_options import EvalArguments, graders, settle_evaluation
+from gazelle.train.trackers import check_trackers
 
 # Spellings that earlier releases of transformers and TRL took, and what they are called now.
 RENAMED = {
@@ -53,7 +53,7 @@ UNPAGED = {"paged_adamw_8bit": "adamw_8bit", "paged_adamw_32bit": "adamw_torch",
 
 
 @dataclass
-class _SFTArguments(TrainingArguments):
+class _SFTArguments(EvalArguments, TrainingArguments):
     """The fields; `SFTConfig` adds the older spellings and the checks."""
 
     output_dir: str | None = field(default="outputs", metadata={"help": "Folder for adapter, checkpoints and report."})
@@ -135,9 +135,12 @@ class SFTConfig(_SFTArguments):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self.tracked_facts: dict[str, Any] = {}  # of the run, for trackers: what the memory plan says
+        self.tracked_name: str | None = None  # that was made up for a run without a run_name
         super().__init__(*args, **current_names(kwargs))
 
     def __post_init__(self) -> None:
+        settle_evaluation(self)
         check_values(self)
         if default_device() == "cpu":
             fit_to_cpu(self)
@@ -146,6 +149,11 @@ class SFTConfig(_SFTArguments):
         except ValueError as error:
             raise OptionError(str(error).splitlines()[0], where="SFTConfig",
                               fix="change the option named in the message") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """As transformers' own, with functions by their names and without secrets; trackers are given it."""
+        hidden = {name: None for name in SECRETS if hasattr(self, name)}
+        return super().to_dict() | hidden | {"eval_generate": list(graders(self)) or None} | self.tracked_facts
 
 
 def fit_to_cpu(config: Any) -> None:
@@ -195,6 +203,8 @@ def with_options(args: TrainingArguments | None, options: dict[str, Any] | None 
     taken: dict[str, Any] = {}
     for option in dataclasses.fields(args) if args is not None else ():
         value = getattr(args, option.name, None)
+        if option.name == "per_device_eval_batch_size" and value == option.default:
+            continue  # nobody asked for transformers' eight, which may take more memory than training does
         if option.name in known:
             taken[option.name] = value
         elif option.init and value != option.default and option.default_factory is dataclasses.MISSING:
@@ -253,13 +263,7 @@ def check_values(config: Any) -> None:
         if getattr(value, "value", value) not in known:
             raise OptionError("a training option has a value that cannot be used", where=name, found=repr(value),
                               expected="one of " + ", ".join(known), fix=nearest(str(value), known))
-    for name in [config.report_to] if isinstance(config.report_to, str) else config.report_to or ():
-        if name in OPTIONAL:
-            require(name)
-        elif name not in ("none", "all") and name not in get_available_reporting_integrations():
-            raise OptionError("no such place to report to, or its package is not installed", where="report_to",
-                              found=name, expected="none, all, tensorboard, wandb, or another that transformers knows",
-                              fix=f"pip install {name}, or report_to: none")
+    check_trackers(config.report_to)
 
 
 def _check(name: str, value: object, expected: str, accepts: Any) -> None:

@@ -9,6 +9,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from gazelle.base.files import write_text
 
+_TIMES = ("runtime", "_per_second", "preparation_time")
+
 
 class MetricsFile(TrainerCallback):
     """Appends every log entry, with its step, to `output_dir/metrics.jsonl`; a fresh run starts a fresh file."""
@@ -49,6 +51,36 @@ class MetricsFile(TrainerCallback):
 def is_eval_loss(name: str) -> bool:
     """True for the loss of an evaluation set: "eval_loss", or "eval_books_loss" where there are several."""
     return name.startswith("eval_") and name.endswith("loss")
+
+
+def eval_figures(entry: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Evaluation set ("" for one without a name) → its loss, perplexity and metrics of answers, of one log entry."""
+    sets = [name.removeprefix("eval_").removesuffix("loss").rstrip("_") for name in entry if is_eval_loss(name)]
+    found: dict[str, dict[str, float]] = {name: {} for name in sets}
+    for key, value in entry.items():
+        owners = [name for name in sets if key.startswith(f"eval_{name}_" if name else "eval_")]
+        if owners and not key.endswith(_TIMES) and value is not None:
+            owner = max(owners, key=len)
+            found[owner][key.removeprefix(f"eval_{owner}_" if owner else "eval_")] = value
+    return found
+
+
+def eval_history(metrics: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Evaluation set → figure → (step, value) as they were logged."""
+    history: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for entry in metrics:
+        for name, figures in eval_figures(entry).items():
+            for figure, value in figures.items():
+                history.setdefault(name, {}).setdefault(figure, []).append((entry["step"], value))
+    return history
+
+
+def last_figures(metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(what, value) of the last evaluation; of several sets the losses alone."""
+    history = eval_history(metrics)
+    return [(" ".join(filter(None, ("evaluation", owner.replace("_", " "), name))), f"{values[-1][1]:.3g}")
+            for owner, figures in history.items() for name, values in figures.items()
+            if len(history) == 1 or name == "loss"]
 
 
 def metrics_path(args: TrainingArguments) -> Path:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from gazelle.base.figures import COLOURS, INK, new_figure, svg_of
-from gazelle.train.metrics import is_eval_loss
+from gazelle.train.metrics import eval_history, is_eval_loss
 
 
 def curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[str, list[float], list[float]]]]:
@@ -18,8 +18,14 @@ def curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[str, list[floa
         return f"evaluation {name.removeprefix('eval_').removesuffix('loss').strip('_')}".rstrip()
 
     evaluations = sorted({name for entry in metrics for name in entry if is_eval_loss(name)})
+    def graded(owner: str, name: str, values: list[tuple[int, float]]) -> tuple[str, list[float], list[float]]:
+        most, label = (100, f"{name} / 100") if name in ("bleu", "chrf") else (1, name)  # one scale for all
+        return f"{owner} {label}".strip(), [step for step, _ in values], [value / most for _, value in values]
+
     panels = {
         "Loss": [line("training", "loss"), *(line(label(name), name) for name in evaluations)],
+        "Answers": [graded(owner, name, values) for owner, figures in eval_history(metrics).items()
+                    for name, values in figures.items() if name not in ("loss", "perplexity")],
         "Learning rate": [line("learning rate", "learning_rate")],
         "Tokens per second": [line("tokens/s", "tokens_per_second")],
     }
@@ -39,7 +45,7 @@ def _figure(title: str, lines: list[tuple[str, list[float], list[float]]], size:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if title != "Learning rate":
         axes.set_ylim(bottom=0)
-    if len(lines) > 1 or title == "Loss":  # of which loss a lone line is
+    if len(lines) > 1 or title in ("Loss", "Answers"):  # of which a lone line has to be told
         axes.legend(frameon=False)
     return figure
 

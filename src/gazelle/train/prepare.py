@@ -6,12 +6,14 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gazelle.base.errors import DataError, UserError
+from gazelle.base.errors import DataError, OptionError, UserError
 from gazelle.base.log import logger, say_once
 from gazelle.data.conversation import Conversation
 from gazelle.data.encode import Encoded, Example, encode
 from gazelle.data.headers import Headers, ResponseSpans
+from gazelle.data.holdout import HeldOut, hold_out, hold_out_encoded
 from gazelle.data.load import Loaded, load_conversations
+from gazelle.data.read import read_rows
 from gazelle.data.report import DataReport, data_report
 from gazelle.data.templates import ensure_template
 from gazelle.models.context import fit_context
@@ -24,6 +26,7 @@ class Prepared:
 
     Attributes:
         conversations: the evaluation rows if there are any, else training's.
+        eval_conversations: those of each evaluation set, "" for one without a name; nothing of tokenised rows.
         sources: training data, evaluation data and formatting function, as they were passed.
         headers: what answers in texts were told by; None where texts are learnt throughout.
     """
@@ -35,6 +38,7 @@ class Prepared:
     conversations: list[Conversation] = field(default_factory=list)
     sources: tuple[Any, Any, Any] = (None, None, None)
     headers: Headers | None = None
+    eval_conversations: dict[str, list[Conversation]] = field(default_factory=dict)
 
 
 def prepare(
@@ -71,8 +75,11 @@ def encode_rows(
     if max_length is None:
         raise ValueError("encode_rows needs config.max_length")
     conversations: list[Conversation] = []
+    eval_conversations: dict[str, list[Conversation]] = {}
 
-    def encoded(source: Any, split: str) -> Encoded:
+    def encoded(source: Any, split: str, name: str = "", origin: Any = None) -> Encoded:
+        if isinstance(source, Encoded):
+            return source
         if rows := encoded_already(source, max_length):
             return rows
         loaded = load_conversations(
@@ -84,22 +91,48 @@ def encode_rows(
         if config.chat_template or any(chat.text is None for chat in loaded.conversations):
             ensure_template(tokenizer, model_type, config.chat_template)  # raw text needs none, base models have none
         conversations[:] = loaded.conversations
+        if split == "eval":
+            eval_conversations[name] = loaded.conversations
         answers = None
         if headers is not None and all(chat.text is not None for chat in loaded.conversations):
-            answers = ResponseSpans(headers, tokenizer, _turns_beside(source, loaded, split, config))
+            beside = _turns_beside(source if origin is None else origin, loaded, split, config)
+            answers = ResponseSpans(headers, tokenizer, beside)
         return encode(loaded.conversations, tokenizer, max_length=max_length, train_on=config.train_on,
                       source=loaded.source, format=loaded.format, unused=loaded.unused, answers=answers)
 
-    train = None if train_dataset is None else encoded(train_dataset, "train")
+    sources = (train_dataset, eval_dataset, formatting_func)
+    origin = held_out = None
+    if config.eval_split and train_dataset is not None and eval_dataset is None:
+        origin = train_dataset
+        train_dataset, eval_dataset, held_out = _split(origin, max_length, config, formatting_func)
+    elif isinstance(train_dataset, Loaded):
+        held_out = train_dataset.held_out
+    train = None if train_dataset is None else encoded(train_dataset, "train", origin=origin)
     evaluation: Encoded | dict[str, Encoded] | None = None
     if isinstance(eval_dataset, Mapping):
-        evaluation = {name: encoded(source, "eval") for name, source in eval_dataset.items()}
+        evaluation = {name: encoded(source, "eval", name) for name, source in eval_dataset.items()}
     elif eval_dataset is not None:
-        evaluation = encoded(eval_dataset, "eval")
+        evaluation = encoded(eval_dataset, "eval", origin=origin)
     first_eval = next(iter(evaluation.values())) if isinstance(evaluation, dict) else evaluation
-    report = data_report(train, first_eval) if train is not None else None
-    sources = (train_dataset, eval_dataset, formatting_func)
-    return Prepared(train, evaluation, report, max_length, conversations, sources, headers)
+    report = data_report(train, first_eval, held_out) if train is not None else None
+    return Prepared(train, evaluation, report, max_length, conversations, sources, headers, eval_conversations)
+
+
+def _split(source: Any, max_length: int, config: SFTConfig,
+           formatting_func: Callable[[Any], Any] | None) -> tuple[Any, Any, HeldOut | None]:
+    """Training and evaluation rows of one source, and how they were parted."""
+    if tokenised := encoded_already(source, max_length):
+        if config.eval_group_column:
+            raise OptionError("rows that came tokenised have no columns to group by", where="eval_group_column",
+                              found=config.eval_group_column, expected="texts or conversations",
+                              fix="leave eval_group_column out")
+        return hold_out_encoded(tokenised, config.eval_split, seed=config.seed)
+    rows = source if isinstance(source, Loaded) else read_rows(source, split="train", token=config.hub_token)
+    loaded = load_conversations(rows, format=config.data_format, columns=_columns(config), system=config.system,
+                                formatting_func=formatting_func, text_column=config.dataset_text_field)
+    train, evaluation = hold_out(loaded, config.eval_split, seed=config.seed, column=config.eval_group_column,
+                                 rows=None if isinstance(rows, Loaded) else rows)
+    return train, evaluation, train.held_out
 
 
 def _turns_beside(source: Any, loaded: Loaded, split: str, config: SFTConfig) -> dict[str, Conversation]:

@@ -1,5 +1,6 @@
 """What is seen while training runs: the data report, then one live line in a terminal or plain lines elsewhere."""
 
+import math
 import time
 from typing import Any
 
@@ -9,7 +10,7 @@ from rich.progress import Progress as Bar
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gazelle.data.report import DataReport
-from gazelle.train.metrics import is_eval_loss
+from gazelle.train.metrics import eval_figures
 
 
 class Progress(TrainerCallback):
@@ -63,9 +64,11 @@ class Progress(TrainerCallback):
         """Show the figures of a log entry."""
         if not state.is_world_process_zero or not logs:
             return
-        for name in filter(is_eval_loss, logs):
-            which = name.removeprefix("eval_").removesuffix("loss").replace("_", " ")
-            self.say(f"step {state.global_step}/{state.max_steps} · evaluation {which}loss {logs[name]:.4f}")
+        for name, found in eval_figures(logs).items():
+            which = f"{name.replace('_', ' ')} " if name else ""
+            others = "".join(f" · {figure} {value:.4g}" for figure, value in found.items() if figure != "loss")
+            self.say(f"step {state.global_step}/{state.max_steps} · evaluation {which}loss "
+                     f"{found.get('loss', math.nan):.4f}{others}")
         if "loss" not in logs:
             return
         figures = (f"loss {logs['loss']:.4f} · lr {logs['learning_rate']:.2e} · {logs['tokens_per_second']:,.0f} tok/s"

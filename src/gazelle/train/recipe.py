@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field
 
 from gazelle.base.errors import OptionError, nearest
 from gazelle.train.config import SECRETS, SFTConfig, current_names
@@ -62,7 +62,9 @@ class DataSection(_Section):
 
     train: str = Field(description="File, folder or hub name.")
     eval: str | None = Field(None, description="The same, for evaluation.")
-    eval_fraction: float = Field(0.0, ge=0, lt=1, description="Hold out this share of the training rows instead.")
+    eval_split: float = Field(0.0, ge=0, lt=1, validation_alias=AliasChoices("eval_split", "eval_fraction"),
+                              description="Hold out this share of the training rows instead; rows alike stay together.")
+    eval_group_column: str | None = Field(None, description="Column whose rows of one value stay together, too.")
     format: str = Field("auto", description="alpaca, sharegpt, messages, prompt-completion, question-answer, text.")
     columns: dict[str, str] | None = Field(None, description="Canonical column name: the file's own.")
     system: str | None = Field(None, description="System turn for rows that have none.")
@@ -83,7 +85,7 @@ class Recipe(_Section):
         """The training settings of the recipe."""
         data = self.data
         chosen = dict(self.train)
-        if data.eval or data.eval_fraction:
+        if data.eval or data.eval_split:
             chosen.setdefault("eval_strategy", "epoch")  # rows held out are there to be looked at
         return SFTConfig(**chosen, output_dir=self.output_dir, data_format=data.format, columns=data.columns,
                          system=data.system, train_on=data.train_on, chat_template=data.chat_template)
@@ -148,13 +150,21 @@ def parse_recipe(content: dict[str, Any], where: str) -> Recipe:
         raise OptionError(error.what, where=f"{where}, {key}", found=error.found, expected=error.expected,
                           fix=_elsewhere(error.found) or error.fix) from error
     if reserved := sorted(recipe.train.keys() & {"output_dir", "system", "train_on", "chat_template", "columns",
-                                                 "data_format"}):
+                                                 "data_format", "eval_split", "eval_group_column"}):
         raise OptionError("this option stands elsewhere in a recipe", where=f"{where}, train.{reserved[0]}",
                           found=f"train.{reserved[0]}", expected="output_dir at the top level, the others under data:",
                           fix=f"move {reserved[0]} out of train:")
     hints = typing.get_type_hints(SFTConfig)
     for name, value in recipe.train.items():
         recipe.train[name] = _typed(value, hints[name], f"{where}, train.{name}")
+    data = recipe.data
+    if data.eval and data.eval_split:
+        raise OptionError("there are evaluation rows already", where=f"{where}, data.eval_split",
+                          found=f"eval: {data.eval} and eval_split: {data.eval_split:g}", expected="one of them",
+                          fix="drop data.eval, or eval_split")
+    if data.eval_group_column and not data.eval_split:
+        raise OptionError("data.eval_group_column has nothing to split", where=f"{where}, data.eval_group_column",
+                          found=data.eval_group_column, expected="eval_split above 0", fix="set data.eval_split too")
     model = recipe.model
     if model.full_finetuning and recipe.lora is not None and "lora" in content:
         raise OptionError("full fine-tuning and LoRA exclude each other", where=f"{where}, lora",

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 from gazelle.data.report import DataReport
 from gazelle.models.hub import check_repository, push_folder
 from gazelle.train.facts import RunFacts
-from gazelle.train.metrics import is_eval_loss, metrics_path, read_metrics
+from gazelle.train.metrics import last_figures, metrics_path, read_metrics
 from gazelle.train.report import chosen_settings, duration
 
 
@@ -17,11 +17,10 @@ def run_record(args: TrainingArguments, facts: RunFacts, data: DataReport | None
     """The run as plain lists and strings, without tokens and without rows of the data."""
     metrics = read_metrics(metrics_path(args)) if args.output_dir and metrics_path(args).exists() else []
     losses = [entry["loss"] for entry in metrics if entry.get("loss") is not None]
-    evals = [value for entry in metrics for name, value in entry.items() if is_eval_loss(name) and value is not None]
     shown = [("optimizer steps", f"{facts.steps:,}"), ("training time", duration(facts.seconds)),
              ("parameters trained", f"{facts.trainable / 1e6:,.1f} M of {facts.parameters / 1e6:,.1f} M"),
              *([("training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}")] if losses else []),
-             *([("evaluation loss", f"{evals[-1]:.3f}")] if evals else [])]
+             *last_figures(metrics)]
     return {
         "train": _place(data.train.source if data else ""),
         "eval": _place(data.test.source if data and data.test else ""),

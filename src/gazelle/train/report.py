@@ -13,7 +13,7 @@ from gazelle.base.pages import page_template
 from gazelle.data.report import DataReport
 from gazelle.train.config import SECRETS
 from gazelle.train.facts import RunFacts
-from gazelle.train.metrics import is_eval_loss, metrics_path, read_metrics
+from gazelle.train.metrics import last_figures, metrics_path, read_metrics
 from gazelle.train.plot import loss_png, panel_svgs
 from gazelle.train.samples import Sample
 
@@ -24,15 +24,13 @@ def write_report(args: TrainingArguments, facts: RunFacts, data: DataReport, sam
     metrics = read_metrics(metrics_path(args))
     loss_png(metrics, folder / "loss.png")
     losses = [entry["loss"] for entry in metrics if entry.get("loss") is not None]
-    evals = [value for entry in metrics for name, value in entry.items() if is_eval_loss(name) and value is not None]
     cards = [("optimizer steps", f"{facts.steps:,}"), ("training time", duration(facts.seconds)),
              ("tokens per second", f"{facts.tokens_per_second:,.0f}"),
              ("peak memory", f"{facts.peak_memory / 1e9:.1f} GB"),
              ("parameters trained", f"{facts.trainable / 1e6:,.1f} M ({facts.trainable / facts.parameters:.1%})")]
     if losses:
         cards.insert(0, ("training loss", f"{losses[0]:.2f} → {losses[-1]:.2f}"))
-    if evals:
-        cards.insert(1, ("evaluation loss", f"{evals[-1]:.2f}"))
+    cards[bool(losses):bool(losses)] = last_figures(metrics)
     page = page_template(Path(__file__).parent / "report.html.jinja").render(
         title=f"Fine-tuning {Path(facts.model_name).name or facts.model_name}",
         subtitle=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z} · {folder}",

@@ -1,6 +1,7 @@
 """What the trainer sorts out before it starts: precision, checkpoints to resume from, and settings that need others."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from gazelle.base.errors import OptionError
 from gazelle.models.context import context_limit
 from gazelle.train.config import SFTConfig
+from gazelle.train.eval_options import check_best_metric
 
 
 def match_precision(config: SFTConfig, model: PreTrainedModel) -> None:
@@ -37,17 +39,18 @@ def check_eval_rows(config: SFTConfig, has_eval: bool) -> None:
     if not has_eval and getattr(config.eval_strategy, "value", config.eval_strategy) != "no":
         raise OptionError("evaluation is asked for, but there are no evaluation rows", where="eval_strategy",
                           found=str(getattr(config.eval_strategy, "value", config.eval_strategy)),
-                          expected="eval_dataset (in a recipe data.eval or data.eval_fraction)",
+                          expected="eval_dataset or eval_split (in a recipe data.eval or data.eval_split)",
                           fix="add evaluation rows, or set eval_strategy to \"no\"")
 
 
-def check_together(config: SFTConfig, model: PreTrainedModel, *, has_eval: bool, has_metrics: bool) -> None:
+def check_together(config: SFTConfig, model: PreTrainedModel, eval_dataset: Any, *, has_metrics: bool) -> None:
     """Raise `OptionError` for settings that need one another, or the model, and do not have them."""
-    check_eval_rows(config, has_eval)
-    best = config.metric_for_best_model
-    if best is not None and not best.endswith("loss") and not has_metrics:
-        raise OptionError("no such metric to choose the best model by", where="metric_for_best_model", found=best,
-                          expected="eval_loss, or what compute_metrics returns", fix="write eval_loss")
+    if eval_dataset is not None and config.eval_split:
+        raise OptionError("there are evaluation rows already", where="eval_split", found=str(config.eval_split),
+                          expected="eval_dataset, or a share of the training rows", fix="leave one of the two out")
+    check_eval_rows(config, eval_dataset is not None or config.eval_split > 0)
+    check_best_metric(config, list(eval_dataset) if isinstance(eval_dataset, Mapping) else [""],
+                      has_metrics=has_metrics)
     limit = context_limit(model.config)
     if config.max_length and limit and config.max_length > limit:
         raise OptionError("rows would be longer than the model takes", where="max_length", found=str(config.max_length),

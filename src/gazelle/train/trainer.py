@@ -7,7 +7,7 @@ tokens of the whole accumulated batch, and writes metrics and a report.
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,18 +23,20 @@ from gazelle.base.files import check_writable, make_readable
 from gazelle.base.log import say_once
 from gazelle.engine.flat import clip_
 from gazelle.models.load import load_model
-from gazelle.models.packed import packed_attention_on, supports_packing
+from gazelle.models.packed import supports_packing
 from gazelle.models.record import record_base
 from gazelle.models.special_tokens import stop_at_end_of_turn
 from gazelle.models.swap import accelerate
+from gazelle.train.answers import Answers
 from gazelle.train.config import optimizer_name, with_options
-from gazelle.train.dataset import Bins, Collator, DictRows, rows_as_dataset
+from gazelle.train.dataset import Collator
+from gazelle.train.evaluation import EvaluatingTrainer
 from gazelle.train.facts import run_facts
-from gazelle.train.loss import batch_loss, loss_sums
+from gazelle.train.loss import batch_loss
 from gazelle.train.memory import choose_checkpointing
 from gazelle.train.optimizer import can_flatten, clip_finite, flatten, grouped, learning_rates
 from gazelle.train.plan import RunPlan, Window, plan_run
-from gazelle.train.prepare import Prepared, encode_rows, prepare
+from gazelle.train.prepare import Prepared, prepare
 from gazelle.train.progress import Progress
 from gazelle.train.record import Pushes, run_record
 from gazelle.train.report import write_report
@@ -44,20 +46,20 @@ from gazelle.train.step import GraphedStep, refuses_graph
 from gazelle.train.stopwatch import Stopwatch
 from gazelle.train.strategies.batching import enable_dynamic_batching
 from gazelle.train.strategies.incremental import with_replay
-from gazelle.train.surviving import SurvivingTrainer
+from gazelle.train.trackers import tracked
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
 
-class SFTTrainer(Pushes, SurvivingTrainer):
+class SFTTrainer(Pushes, EvaluatingTrainer):
     """Fine-tunes a causal language model on conversations, prompt–completion pairs or raw text.
 
     Args:
         model: from `FastLanguageModel`, or any Hugging Face causal model, with or without PEFT, or the name of one.
         args: `SFTConfig`, or plain `transformers.TrainingArguments`.
         train_dataset: a path, a hub name, a list of rows, a `datasets.Dataset`, or rows that are encoded already.
-        eval_dataset: the same; its loss is reported at `eval_steps`, weighted by labelled tokens.
+        eval_dataset: the same; its loss is reported at `eval_steps`, weighted by labelled tokens. Else `eval_split`.
         processing_class: the tokenizer; `tokenizer=` is the older name for it.
         formatting_func: turns a row (or a batch of rows) into text.
         data_collator: replaces padding-free batches by the caller's own.
@@ -98,13 +100,14 @@ class SFTTrainer(Pushes, SurvivingTrainer):
                               fix="pass the tokenizer that from_pretrained returned")
         if config.output_dir:
             check_writable(Path(config.output_dir))
-        check_together(config, model, has_eval=eval_dataset is not None, has_metrics=compute_metrics is not None)
+        check_together(config, model, eval_dataset, has_metrics=compute_metrics is not None)
         if peft_config is not None:
             model = add_adapter(model, peft_config)
         match_precision(config, model)
         if config.engine:
             accelerate(model, precision="fp8" if config.precision == "fp8" else "auto")
         self.prepared: Prepared = prepare(model, tokenizer, config, train_dataset, eval_dataset, formatting_func)
+        self._answers = Answers(config, tokenizer)
         stop_at_end_of_turn(model, tokenizer)
         replayed = with_replay(model, self.prepared.train)
 
@@ -186,6 +189,7 @@ class SFTTrainer(Pushes, SurvivingTrainer):
 
     def _train(self, resume: Path | None, **kwargs: Any) -> Any:
         config = self._config
+        self._answers.drawn(self.prepared)  # complains before anything is done
         reported = config.report and self.prepared.report is not None and self.is_world_process_zero()
         if reported and config.report_samples:
             self.samples = pick_samples(self.prepared.conversations, config.report_samples)
@@ -197,7 +201,7 @@ class SFTTrainer(Pushes, SurvivingTrainer):
         began = self._logged_at = time.perf_counter()
         try:
             planned = contextlib.nullcontext() if self.plan is None else self.plan.in_force(self.model, self._stopwatch)
-            with self._packed_attention(), self._held, planned:
+            with tracked(self, resume), self._packed_attention(), self._held, planned:
                 if self._use_cache_before is not None:
                     self.model.config.use_cache = False
                 result = self.train_on(resume, **kwargs)
@@ -226,7 +230,11 @@ class SFTTrainer(Pushes, SurvivingTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save adapter or model and tokenizer, without the pickled arguments that the base class adds."""
-        super().save_model(output_dir, _internal_call)
+        kept, self.args.eval_generate = self.args.eval_generate, None  # functions of a script cannot be pickled
+        try:
+            super().save_model(output_dir, _internal_call)
+        finally:
+            self.args.eval_generate = kept
         folder = Path(output_dir or str(self.args.output_dir))
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         if self.args.should_save and folder.exists():
@@ -301,33 +309,6 @@ class SFTTrainer(Pushes, SurvivingTrainer):
             loss = loss * self.accelerator.num_processes  # the count is over all processes, which DDP then averages
         return (loss, output) if return_outputs else loss
 
-    @torch.random.fork_rng(devices=())  # data loaders draw a number: training is to be the same without evaluation
-    def evaluate(
-        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
-    ) -> dict[str, float]:
-        """Loss over all labelled tokens of the evaluation rows: every token counts once, however rows are batched."""
-        if isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict):
-            eval_dataset = self.eval_dataset[eval_dataset]
-        elif eval_dataset is not None and not isinstance(eval_dataset, Bins | DictRows | dict):
-            eval_dataset = self._dataset(self._encode(eval_dataset))
-        if self.compute_metrics is not None or isinstance(eval_dataset or self.eval_dataset, dict):
-            with self._packed_attention():
-                return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
-        started = time.perf_counter()
-        with self._packed_attention():
-            batches = (self._prepare_inputs(batch) for batch in self.get_eval_dataloader(eval_dataset))
-            sums = loss_sums(self.model, batches, self.compute_loss_context_manager)
-        total_sum, count = self.accelerator.reduce(sums.to(self.args.device, torch.float32), "sum").tolist()
-        seconds = time.perf_counter() - started
-        mean = total_sum / count if count else float("nan")
-        metrics = {f"{metric_key_prefix}_loss": mean, f"{metric_key_prefix}_runtime": seconds}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)  # type: ignore[has-type]
-        # Time spent here does not count against the throughput of training.
-        self._logged_at += seconds
-        self.evaluating += seconds
-        return metrics
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log, with tokens per second since the last training line and memory in use, in GB, added."""
         if "loss" in logs:
@@ -338,15 +319,6 @@ class SFTTrainer(Pushes, SurvivingTrainer):
             logs["peak_memory_gb"] = round(peak_memory(device) / 1e9, 3)
             self._tokens_logged, self._logged_at = self.tokens, now
         super().log(logs, start_time)
-
-    def _dataset(self, encoded: Any) -> Any:
-        """Encoded rows as the data set that the batches are made from."""
-        return rows_as_dataset(encoded, self._config, self._own_collator, self.prepared.max_length)
-
-    def _encode(self, source: Any) -> Any:
-        """Evaluation rows that came after the trainer was made."""
-        return encode_rows(self.processing_class, self.model.config.model_type, self._config, None, source,
-                           headers=self.prepared.headers).eval
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Six a weight and token, without counting the weights again at every step."""
@@ -380,11 +352,3 @@ class SFTTrainer(Pushes, SurvivingTrainer):
         """The base class turns the cache off for good; answering needs it."""
         if self._use_cache_before is not None:
             model.config.use_cache = self._use_cache_before
-
-    @contextlib.contextmanager
-    def _packed_attention(self) -> Iterator[None]:
-        if not self._packed:
-            yield
-            return
-        with packed_attention_on(self.model):
-            yield
