@@ -57,16 +57,16 @@ def test_two_models_are_compared_and_rated(here: Path, capsys: pytest.CaptureFix
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nwhat?\nT\n"))
     assert main(["rate", "out/eval", "--seed", "3"]) == 0
     printed = capsys.readouterr().out
-    assert "5 pairs to rate, 0 rated before" in printed and "ties: 1" in printed and "sign test: p = 1" in printed
+    assert "to rate: 5, rated before: 0" in printed and "ties: 1" in printed and "sign test: p = 1" in printed
     assert "tuned" not in printed.split("base better")[0].split("\n", 1)[1]  # nobody is told whose answer it is
     assert len(Path("out/eval/votes.jsonl").read_text().splitlines()) == 2
     monkeypatch.setattr("sys.stdin", io.StringIO("b\ns\nq\n"))
     assert main(["rate", "out/eval"]) == 0
     printed = capsys.readouterr().out
-    assert "3 pairs to rate, 2 rated before" in printed and "[2/3]" in printed and "skipped: 1" in printed
+    assert "to rate: 3, rated before: 2" in printed and "[2/3]" in printed and "skipped: 1" in printed
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
     assert main(["rate", "out/eval", "--models", "base,tuned"]) == 0
-    assert "1 pairs to rate, 4 rated before" in capsys.readouterr().out
+    assert "to rate: 1, rated before: 4" in capsys.readouterr().out
     assert main(["rate", "nowhere"]) == 2
     assert main(["rate", "out/eval", "--models", "base"]) == 2
 

@@ -22,7 +22,7 @@ def rate_command(report: Path, models: list[str], votes: Path | None, seed: int 
     kept = VoteFile(path)
     open_pairs = [pair for pair in pairs if pair.key not in kept.votes and not pair.same]
     done = sum(pair.key in kept.votes for pair in pairs)
-    typer.echo(f"{len(open_pairs)} pairs to rate, {done} rated before. "
+    typer.echo(f"to rate: {len(open_pairs)}, rated before: {done}. "
                "a or b: the better answer; t: tie; s: skip; q: quit.")
     for number, pair in enumerate(open_pairs, 1):
         choice = _ask(pair, f"{number}/{len(open_pairs)}")

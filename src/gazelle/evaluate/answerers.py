@@ -145,10 +145,26 @@ class LocalModel(Answerer):
         return found
 
 
+def prompt_ids(tokenizer: Any, case: Case) -> list[int]:
+    """Ids [T] of a case up to where the answer begins.
+
+    Raises:
+        OptionError: a conversation, and a tokenizer without a chat template.
+    """
+    if tokenizer.chat_template:
+        ids: list[int] = tokenizer.apply_chat_template(case.messages, add_generation_prompt=True,
+                                                       return_dict=True)["input_ids"]
+        return ids
+    if len(case.turns) > 1:
+        raise OptionError("the tokenizer has no chat template", where=case.where, found="a conversation",
+                          expected="a lone question, or a tokenizer with a chat template", fix="leave the model out")
+    return list(tokenizer(case.question)["input_ids"])
+
+
 def labelled(tokenizer: Any, case: Case) -> tuple[list[int], list[int]]:
     """Ids [T] of a case with its first expected answer, and labels [T] on that answer and the token that ends it."""
     if not tokenizer.chat_template and len(case.turns) == 1:
-        prompt = tokenizer(case.question)["input_ids"]
+        prompt = prompt_ids(tokenizer, case)
         answer = [*tokenizer(case.expected[0], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
         return prompt + answer, [IGNORED] * len(prompt) + answer
     asked = tuple(Turn(turn.role, turn.content, turn.extra, train=False) for turn in case.turns)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gazelle.base.errors import DataError
@@ -45,7 +44,7 @@ class Case:
 
 
 def read_cases(source: Any) -> list[Case]:
-    """The test cases of a file, a list, a `Dataset` or whatever else training takes.
+    """The test cases of a file, a list, a `Dataset` or whatever else training takes; of several splits, the test part.
 
     A row is either `{"input": text or messages, "expected": text or list of texts, "keys": [...], "category": ...,
     "system": ...}`, of which only `input` is required, or a row of any format of training: what its last turn says is
@@ -56,7 +55,7 @@ def read_cases(source: Any) -> list[Case]:
     """
     if isinstance(source, list | tuple) and source and all(isinstance(case, Case) for case in source):
         return list(source)
-    rows = read_rows(source, split="eval" if isinstance(source, str | Path) and Path(source).is_dir() else "train")
+    rows = read_rows(source, split="eval")
     if any(_is_case(row) for row, _ in rows):
         return [_case(row, where) for row, where in rows]
     cases = []

@@ -9,7 +9,7 @@ import torch
 
 from gazelle.base.errors import ModelError, OptionError
 from gazelle.base.log import logger
-from gazelle.evaluate.answerers import Answerer, LocalModel, Reply, labelled
+from gazelle.evaluate.answerers import Answerer, LocalModel, Reply, labelled, prompt_ids
 from gazelle.evaluate.cases import Case
 from gazelle.evaluate.endpoint import Endpoint
 from gazelle.export.consumers.llama import find_library
@@ -37,8 +37,7 @@ class LlamaModel(Answerer):
         self.runs_on = f"llama.cpp ({self._library}), {torch.get_num_threads()} threads"
 
     def ask(self, cases: Sequence[Case], max_new_tokens: int, timed: Sequence[int] = ()) -> list[Reply]:
-        prompts = [self._tokenizer.apply_chat_template(case.messages, add_generation_prompt=True,
-                                                       return_dict=True)["input_ids"] for case in cases]
+        prompts = [prompt_ids(self._tokenizer, case) for case in cases]
         # The first of all pays for reading the file: it is asked once more, and that is counted.
         given = self._run(prompts=[*prompts[:1], *prompts], tokens=max_new_tokens)
         self.memory = given["memory"]
