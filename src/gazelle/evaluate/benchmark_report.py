@@ -93,7 +93,7 @@ class BenchmarkReport:
                               linewidth=1.8, label=f"batch {size}")
             axes.set_xlabel("length in tokens", color=INK)
             axes.set_xticks(lengths)
-            axes.set_ylim(bottom=0)
+            axes.set_ylim(0, 1.1 * max((getattr(cell, name) or 0 for cell in self.cells), default=0) or 1)
         handles = {label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(),
                                                                                   strict=True)}
         if handles:
