@@ -31,6 +31,8 @@ def main() -> None:
                                 test_cases=PACKAGE / "demo" / "test.jsonl", max_new_tokens=48, batch_size=80).run()
     content = json.loads(report.to_json())
     content["settings"]["test_cases"] = "src/gazelle/demo/test.jsonl"
+    for case in content["cases"]:
+        case["where"] = Path(case["where"]).name  # of the file, not of this machine
     for model, place in zip(content["models"].values(), ("SmolLM2-135M-Instruct", "gazelle demo"), strict=True):
         model["model"] = place
     options.out.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
