@@ -48,10 +48,11 @@ def here(model: LlamaForCausalLM, demo_tokenizer: Any, tmp_path: Path, monkeypat
 def test_two_models_are_compared_and_rated(here: Path, capsys: pytest.CaptureFixture[str],
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["eval", "base", "tuned=other", "--cases", "cases.jsonl", "--metrics", "accuracy,token_f1,perplexity",
-                 "--output", "out/eval", "--max-new-tokens", "4"]) == 0
+                 "--output", "out/eval", "--max-new-tokens", "4", "--judge", "other"]) == 0
     printed = capsys.readouterr().out
     assert "|  | base | tuned |" in printed and "## Beside base" in printed and "out/eval/evaluation.html" in printed
     content = json.loads(Path("out/eval/evaluation.json").read_text())
+    assert "judge" in content["models"]["base"]["overall"]
     assert list(content["models"]) == ["base", "tuned"] and content["settings"]["test_cases"] == "cases.jsonl"
 
     monkeypatch.setattr("sys.stdin", io.StringIO("a\nwhat?\nT\n"))

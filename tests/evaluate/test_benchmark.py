@@ -103,13 +103,14 @@ def test_other_errors_are_no_results(tiny: Any, monkeypatch: pytest.MonkeyPatch)
         benchmark(tiny, **QUICK)
 
 
-def test_another_type_for_a_while(tiny: Any) -> None:
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_another_type_for_a_while(tiny: Any, name: str, dtype: torch.dtype) -> None:
     seen = []
     hook = tiny.model.layers[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].dtype))
     before = states(tiny)
-    report = benchmark(tiny, seq_lengths=[4], batch_sizes=[1], dtype="bf16", warmup=0, iterations=1, new_tokens=1)
+    report = benchmark(tiny, seq_lengths=[4], batch_sizes=[1], dtype=name, warmup=0, iterations=1, new_tokens=1)
     hook.remove()
-    assert set(seen) == {torch.bfloat16} and report.settings["dtype"] == "bfloat16"
+    assert set(seen) == {dtype} and f"torch.{report.settings['dtype']}" == str(dtype)
     assert report.settings["weights_bytes"] * 2 == pytest.approx(sum(p.nbytes for p in tiny.parameters()), rel=0.01)
     assert tiny.dtype == torch.float32
     assert all(torch.equal(before[name], tensor) for name, tensor in tiny.state_dict().items())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from gazelle import EvaluationPipeline
+from gazelle import EvaluationPipeline, accelerate
 from gazelle.base.errors import DataError, OptionError
 from gazelle.evaluate.answerers import Answerer, LocalModel, Reply
 from gazelle.evaluate.cases import Case, read_cases
@@ -145,6 +145,8 @@ def test_perplexity_is_hugging_faces_loss(tiny: Any, demo_tokenizer: Any) -> Non
     assert told is not None
     assert told[0][1] == len(answer)
     assert told[0][0] / told[0][1] == pytest.approx(float(loss), abs=1e-5)
+    on_engine = LocalModel(accelerate(tiny), demo_tokenizer).surprise([case])
+    assert on_engine is not None and on_engine[0] == pytest.approx(told[0], rel=1e-5)
 
 
 def test_a_base_model_without_a_template_goes_on_with_the_text(tiny: Any, demo_tokenizer: Any) -> None:
