@@ -9,9 +9,16 @@ from pathlib import Path
 
 @dataclass
 class Growth:
-    """Most bytes in use at once beyond those at the start; None until the block has ended, or where nothing tells."""
+    """Bytes in use at the start of a block, and most in use at once beyond those; None until then, or where nothing
+    tells."""
 
+    before: int | None = None
     bytes: int | None = None
+
+    @property
+    def peak(self) -> int | None:
+        """Most bytes in use at once."""
+        return None if self.before is None or self.bytes is None else self.before + self.bytes
 
 
 @contextlib.contextmanager
@@ -27,16 +34,15 @@ def memory_growth(device: str) -> Iterator[Growth]:
 
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
+        growth.before = torch.cuda.memory_allocated(device)
         yield growth
         torch.cuda.synchronize(device)
-        growth.bytes = torch.cuda.max_memory_allocated(device) - before
+        growth.bytes = torch.cuda.max_memory_allocated(device) - growth.before
         return
-    told = _forget_peak()
-    before = _resident("VmRSS") if told else 0
+    growth.before = _resident("VmRSS") if _forget_peak() else None
     yield growth
-    if told:
-        growth.bytes = max(0, _resident("VmHWM") - before)
+    if growth.before is not None:
+        growth.bytes = max(0, _resident("VmHWM") - growth.before)
 
 
 def _forget_peak() -> bool:

@@ -40,7 +40,7 @@ def benchmark(
     Prefill is the forward pass over a prompt, with a cache, to the logits of its last token: the time to the first
     token. Decoding goes on from there, one token a pass, always as many tokens. A training step is the model's own
     loss on all tokens, its gradients and an update by AdamW of what can be trained, which is put back afterwards.
-    Memory is that of all weights and the most in use beyond them. Where it runs out, the cell says so.
+    Memory is that of all weights and the most in use beyond what was at the start. Where it runs out, the cell says so.
 
     Args:
         model: a Hugging Face causal model, as it is: with or without an adapter, a quantised base, the engine.
@@ -66,6 +66,9 @@ def benchmark(
     cells = []
     with _in_dtype(model, dtype, device) as kept, _restored(trained), torch.random.fork_rng():
         weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        with memory_growth(str(device)) as start:  # buffers that a cell leaves behind count in the next one, too
+            pass
+        rest = (start.before or 0) - weights
         for rows in batch_sizes:
             for length in seq_lengths:
                 logger.info("measuring %d × %d tokens …", rows, length)
@@ -73,10 +76,10 @@ def benchmark(
                                     generator=torch.Generator(device).manual_seed(0))
                 cell = Cell(rows, length)
                 _measured(cell, "inference_error", lambda ids=ids, cell=cell: _inference(  # type: ignore[misc]
-                    model, ids, cell, weights, warmup, iterations, new_tokens))
+                    model, ids, cell, rest, warmup, iterations, new_tokens))
                 if trained:
                     _measured(cell, "train_error", lambda ids=ids, cell=cell: _training(  # type: ignore[misc]
-                        model, trained, ids, cell, weights, warmup, iterations))
+                        model, trained, ids, cell, rest, warmup, iterations))
                 cells.append(cell)
     return BenchmarkReport(cells, machine_facts(), {
         "model": getattr(unwrap(model).config, "_name_or_path", ""), "dtype": kept, "weights_bytes": weights,
@@ -98,7 +101,7 @@ def _measured(cell: Cell, error_field: str, measure: Callable[[], None]) -> None
             torch.cuda.empty_cache()
 
 
-def _inference(model: Any, ids: torch.Tensor, cell: Cell, weights: int, warmup: int, iterations: int,
+def _inference(model: Any, ids: torch.Tensor, cell: Cell, rest: int, warmup: int, iterations: int,
                new_tokens: int) -> None:
     def once() -> tuple[float, float]:
         began = _now(ids.device)
@@ -117,10 +120,10 @@ def _inference(model: Any, ids: torch.Tensor, cell: Cell, weights: int, warmup: 
     prefill, decode = (statistics.median(values) for values in zip(*times, strict=True))
     cell.first_token_seconds, cell.prefill_tokens_per_second = prefill, ids.numel() / prefill
     cell.decode_tokens_per_second = ids.shape[0] * new_tokens / decode
-    cell.inference_bytes = None if growth.bytes is None else weights + growth.bytes
+    cell.inference_bytes = None if growth.peak is None else growth.peak - rest
 
 
-def _training(model: Any, trained: Sequence[torch.nn.Parameter], ids: torch.Tensor, cell: Cell, weights: int,
+def _training(model: Any, trained: Sequence[torch.nn.Parameter], ids: torch.Tensor, cell: Cell, rest: int,
               warmup: int, iterations: int) -> None:
     modes = [(module, module.training) for module in model.modules()]
     earlier = [parameter.grad for parameter in trained]
@@ -146,7 +149,7 @@ def _training(model: Any, trained: Sequence[torch.nn.Parameter], ids: torch.Tens
         for module, mode in modes:
             module.training = mode
     cell.step_seconds, cell.train_tokens_per_second = step, ids.numel() / step
-    cell.train_bytes = None if growth.bytes is None else weights + growth.bytes
+    cell.train_bytes = None if growth.peak is None else growth.peak - rest
 
 
 def _now(device: torch.device) -> float:
