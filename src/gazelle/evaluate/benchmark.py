@@ -4,6 +4,7 @@ Shapes: B rows of T random tokens. Random ids take as long as real ones, and no 
 """
 
 import contextlib
+import functools
 import gc
 import re
 import statistics
@@ -63,28 +64,33 @@ def benchmark(
     vocabulary = unwrap(model).get_input_embeddings().weight.shape[0]
     vocabulary = vocabulary if tokenizer is None else min(vocabulary, len(tokenizer))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad] if train else []
-    cells = []
+    cells = [Cell(rows, length) for rows in batch_sizes for length in seq_lengths]
     with _in_dtype(model, dtype, device) as kept, _restored(trained), torch.random.fork_rng():
         weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
         with memory_growth(str(device)) as start:  # buffers that a cell leaves behind count in the next one, too
             pass
         rest = (start.before or 0) - weights
-        for rows in batch_sizes:
-            for length in seq_lengths:
-                logger.info("measuring %d × %d tokens …", rows, length)
-                ids = torch.randint(vocabulary, (rows, length), device=device,
-                                    generator=torch.Generator(device).manual_seed(0))
-                cell = Cell(rows, length)
-                _measured(cell, "inference_error", lambda ids=ids, cell=cell: _inference(  # type: ignore[misc]
-                    model, ids, cell, rest, warmup, iterations, new_tokens))
-                if trained:
-                    _measured(cell, "train_error", lambda ids=ids, cell=cell: _training(  # type: ignore[misc]
-                        model, trained, ids, cell, rest, warmup, iterations))
-                cells.append(cell)
+        # Training last: what it leaves behind would count in the inference of later cells.
+        for cell in cells:
+            logger.info("measuring %d × %d tokens …", cell.batch_size, cell.seq_length)
+            ids = _tokens(cell, vocabulary, device)
+            _measured(cell, "inference_error", functools.partial(
+                _inference, model, ids, cell, rest, warmup, iterations, new_tokens))
+        for cell in cells if trained else ():
+            logger.info("measuring a training step of %d × %d tokens …", cell.batch_size, cell.seq_length)
+            ids = _tokens(cell, vocabulary, device)
+            _measured(cell, "train_error", functools.partial(
+                _training, model, trained, ids, cell, rest, warmup, iterations))
     return BenchmarkReport(cells, machine_facts(), {
         "model": getattr(unwrap(model).config, "_name_or_path", ""), "dtype": kept, "weights_bytes": weights,
         "trained_parameters": sum(parameter.numel() for parameter in trained), "warmup": warmup,
         "iterations": iterations, "new_tokens": new_tokens})
+
+
+def _tokens(cell: Cell, vocabulary: int, device: torch.device) -> torch.Tensor:
+    """[B, T] random ids, the same each time."""
+    return torch.randint(vocabulary, (cell.batch_size, cell.seq_length), device=device,
+                         generator=torch.Generator(device).manual_seed(0))
 
 
 def _measured(cell: Cell, error_field: str, measure: Callable[[], None]) -> None:
