@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from gazelle.base.machine import machine_facts
-from gazelle.cli.demo import PACKAGE, demo_questions
-from gazelle.evaluate.keys import Question, contains_keys
+from gazelle.cli.demo import PACKAGE
+from gazelle.evaluate.cases import Case, read_cases
+from gazelle.evaluate.metrics import accuracy
 from gazelle.export.consumers import hf
 from gazelle.export.consumers.llama import find_library
 from gazelle.export.gguf import export_gguf
@@ -36,9 +37,9 @@ def request_of(prompts: list[list[int]], stops: list[int]) -> dict[str, Any]:
             "threads": torch.get_num_threads()}
 
 
-def right(tokenizer: Any, answers: list[list[int]], questions: list[Question]) -> int:
+def right(tokenizer: Any, answers: list[list[int]], questions: list[Case]) -> int:
     texts = [tokenizer.decode(answer, skip_special_tokens=True) for answer in answers]
-    return sum(contains_keys(text, question.keys) for text, question in zip(texts, questions, strict=True))
+    return sum(accuracy(question, text) == 1 for text, question in zip(texts, questions, strict=True))
 
 
 def same(ours: list[list[int]], theirs: list[list[int]]) -> int:
@@ -49,7 +50,7 @@ def measure(run: Path, library: Path) -> dict[str, Any]:
     """All figures."""
     model, tokenizer = load_model(str(run), load_in_4bit=False, dtype="auto", device_map="cpu", is_trainable=False)
     model.eval()
-    questions = demo_questions(PACKAGE / "demo" / "test.jsonl")
+    questions = read_cases(PACKAGE / "demo" / "test.jsonl")
     prompts = [tokenizer.apply_chat_template(question.messages, add_generation_prompt=True,
                                              return_dict=True)["input_ids"] for question in questions]
     stops = stop_ids(model.get_base_model().generation_config)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+EVALUATION = "benchmarks/results/evaluation.json"
 
 
 def demo_table(result: dict[str, Any]) -> str:
@@ -78,6 +79,30 @@ def speed_block(folder: Path = ROOT / "benchmarks/results") -> str:
     return "\n\n".join(parts)
 
 
+SHOWN = {"accuracy": ("right answers", "{:.0%}"), "token_f1": ("words shared with the expected answer, F1", "{:.2f}"),
+         "rougeL": ("ROUGE-L", "{:.2f}"), "chrf": ("chrF", "{:.0f}"),
+         "perplexity": ("perplexity of the expected answer", "{:.2f}"), "length": ("words an answer", "{:.1f}")}
+
+
+def evaluation_table(result: dict[str, Any], file: str) -> str:
+    """The demo model before and after training as Markdown, from what benchmarks/evaluate_demo.py writes."""
+    before, after = (result["models"][name]["overall"] for name in ("before", "after"))
+    tests = {one["metric"]: one["p"] for one in result["comparisons"]}
+    lines = ["| | before | after | p |", "|---|---|---|---|"]
+    for metric, (label, form) in SHOWN.items():
+        cells = []
+        for one in (before[metric], after[metric]):
+            ends = "" if one["low"] is None else f" [{form.format(one['low'])}, {form.format(one['high'])}]"
+            cells.append(form.format(one["value"]) + ends)
+        p = tests.get(metric)
+        cells.append("" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.4f}".rstrip("0"))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    machine, count = result["machine"], len(result["cases"])
+    sentence = (f"{count} questions that were not in training, with 95% intervals and paired tests "
+                f"({machine['date']}, {versions_of(machine['versions'])}; [all figures and answers]({file})).")
+    return "\n".join([*lines, "", sentence])
+
+
 def between(text: str, name: str, content: str) -> str:
     """`text` with `content` between the markers of that name."""
     before, rest = text.split(f"<!-- {name}:begin -->")
@@ -91,6 +116,8 @@ def main() -> None:
     text = readme.read_text(encoding="utf-8")
     demo = json.loads((ROOT / "benchmarks/results/demo.json").read_text(encoding="utf-8"))
     text = between(between(text, "demo", demo_table(demo)), "bench", speed_block())
+    evaluation = json.loads((ROOT / EVALUATION).read_text(encoding="utf-8"))
+    text = between(text, "evaluation", evaluation_table(evaluation, EVALUATION))
     readme.write_text(text, encoding="utf-8")
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from gazelle.base.machine import machine_facts
-from gazelle.cli.demo import PACKAGE, demo_model, demo_questions
-from gazelle.evaluate.keys import accuracy_by_category, grade
+from gazelle.cli.demo import PACKAGE, accuracy_by_category, demo_model, grade
+from gazelle.evaluate.cases import read_cases
 from gazelle.facade.recommending import recommend, write_recipe
 from gazelle.facade.run import run
 from gazelle.train.metrics import read_metrics
@@ -29,7 +29,8 @@ def measure(folder: Path) -> dict[str, Any]:
     found = recommend(str(PACKAGE / "demo" / "train.jsonl"), str(demo_model()))
     write_recipe(found, folder / "recipe.yaml")
     trainer = run(load_recipe(folder / "recipe.yaml", [f"output_dir={folder / 'out'}"]))
-    graded = grade(trainer.model, trainer.processing_class, demo_questions(PACKAGE / "demo" / "test.jsonl"))
+    cases = read_cases(PACKAGE / "demo" / "test.jsonl")
+    graded = grade("as recommended", trainer.model, trainer.processing_class, cases)
     shipped = json.loads((RESULTS / "demo.json").read_text(encoding="utf-8"))["by_category"]["after"]
     return {
         "machine": machine_facts(), "questions": len(graded),

@@ -54,6 +54,8 @@ def test_no_command_is_untested() -> None:
         "gazelle scan train.jsonl --against test.jsonl --fail-on secret",
         "gazelle chat out/lora", "gazelle export out/lora --to gguf:q4_k_m,q8_0",
         "gazelle export out/lora --to merged --verify", "gazelle doctor", "gazelle bench",
+        "gazelle eval before=SmolLM2-135M-Instruct.gguf after=out/demo --cases test.jsonl --output out/eval",
+        "gazelle rate out/eval", "gazelle bench out/lora --lengths 128,256 --batches 1,2",
         "gazelle plan SmolLM2-135M-Instruct.gguf --seq 512 --batch 8 --budget 3GB",
         "gazelle recommend rows.jsonl --model HuggingFaceTB/SmolLM2-135M-Instruct",
     }
@@ -120,6 +122,28 @@ def test_the_commands_of_a_recipe(
     assert main(["export", "out/lora", "--to", "merged", "--verify"]) == 0
     assert "prompts from train.jsonl" in capsys.readouterr().out.replace(str(tmp_path) + "/", "")
     assert main(["doctor"]) == 0
+    capsys.readouterr()
+    # As written, but for the number of iterations.
+    assert main(["bench", "out/lora", "--lengths", "128,256", "--batches", "1,2", "--warmup", "0",
+                 "--iterations", "1"]) == 0
+    assert capsys.readouterr().out.count("\n| ") == 5
+
+
+def test_the_demo_is_evaluated_and_rated(demo: Path, demo_gguf: Path, monkeypatch: pytest.MonkeyPatch,
+                                         capsys: pytest.CaptureFixture[str]) -> None:
+    """As written, with fewer questions."""
+    monkeypatch.chdir(demo)
+    monkeypatch.setattr("gazelle.facade.evaluating.find_library", lambda _: None)  # one reader for both models
+    Path("SmolLM2-135M-Instruct.gguf").symlink_to(demo_gguf)
+    Path("test.jsonl").write_text("".join((PACKAGE / "demo/test.jsonl").read_text().splitlines(True)[:6]))
+    assert main(["eval", "before=SmolLM2-135M-Instruct.gguf", "after=out/demo", "--cases", "test.jsonl",
+                 "--output", "out/eval"]) == 0
+    models = json.loads(Path("out/eval/evaluation.json").read_text())["models"]
+    assert models["before"]["overall"]["accuracy"]["value"] < models["after"]["overall"]["accuracy"]["value"]
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\nb\nq\n"))
+    assert main(["rate", "out/eval"]) == 0
+    assert "sign test" in capsys.readouterr().out
 
 
 def test_the_data_is_scanned(
@@ -187,10 +211,11 @@ def test_the_python_example(demo_gguf: Path, tmp_path: Path, monkeypatch: pytest
 
 
 def test_figures_come_from_the_result_file() -> None:
-    from benchmarks.readme import demo_table
+    from benchmarks.readme import EVALUATION, demo_table, evaluation_table
 
     result = json.loads((ROOT / "benchmarks/results/demo.json").read_text())
     assert demo_table(result) in README
+    assert evaluation_table(json.loads((ROOT / EVALUATION).read_text()), EVALUATION) in README
 
 
 def test_links_and_pictures_are_there() -> None:

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from gazelle.base.errors import GazelleError, UserError
     from gazelle.data.chat import apply_chat_template, get_chat_template
     from gazelle.data.sharegpt import standardize_sharegpt, to_sharegpt
+    from gazelle.evaluate.benchmark import benchmark
+    from gazelle.evaluate.pipeline import EvaluationPipeline
     from gazelle.facade.language_model import FastLanguageModel
     from gazelle.facade.scripts.calls import add_new_tokens, unsloth_train
     from gazelle.facade.vllm import prepare_for_vllm
@@ -31,6 +33,7 @@ _HOMES = {
     "CurriculumTrainer": "gazelle.train.strategies.order",
     "DistillationTrainer": "gazelle.train.strategies.distillation",
     "DynamicSequenceLengthTrainer": "gazelle.train.strategies.order",
+    "EvaluationPipeline": "gazelle.evaluate.pipeline",
     "FastLanguageModel": "gazelle.facade.language_model",
     "GazelleError": "gazelle.base.errors",
     "MixedPrecisionConfig": "gazelle.models.precision",
@@ -41,6 +44,7 @@ _HOMES = {
     "accelerate": "gazelle.models.swap",
     "add_new_tokens": "gazelle.facade.scripts.calls",
     "apply_chat_template": "gazelle.data.chat",
+    "benchmark": "gazelle.evaluate.benchmark",
     "explain": "gazelle.models.swap",
     "get_chat_template": "gazelle.data.chat",
     "is_bfloat16_supported": "gazelle.base.device",
@@ -54,11 +58,11 @@ _HOMES = {
     "unsloth_train": "gazelle.facade.scripts.calls",
 }
 
-__all__ = ["CurriculumTrainer", "DistillationTrainer", "DynamicSequenceLengthTrainer", "FastLanguageModel",
-           "GazelleError", "MixedPrecisionConfig", "SFTConfig", "SFTTrainer", "SafetyChecker", "UserError",
-           "__version__", "accelerate", "add_new_tokens", "apply_chat_template", "explain", "get_chat_template",
-           "is_bfloat16_supported", "prepare_for_vllm", "profile_io", "restore", "save_teacher_logits",
-           "standardize_sharegpt", "to_sharegpt", "train_on_responses_only", "unsloth_train"]
+__all__ = ["CurriculumTrainer", "DistillationTrainer", "DynamicSequenceLengthTrainer", "EvaluationPipeline",
+           "FastLanguageModel", "GazelleError", "MixedPrecisionConfig", "SFTConfig", "SFTTrainer", "SafetyChecker",
+           "UserError", "__version__", "accelerate", "add_new_tokens", "apply_chat_template", "benchmark", "explain",
+           "get_chat_template", "is_bfloat16_supported", "prepare_for_vllm", "profile_io", "restore",
+           "save_teacher_logits", "standardize_sharegpt", "to_sharegpt", "train_on_responses_only", "unsloth_train"]
 
 
 def __getattr__(name: str) -> object:

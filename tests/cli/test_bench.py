@@ -73,3 +73,27 @@ def test_a_result_goes_into_a_file(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["bench", "--out", str(tmp_path)]) == 2
     assert f"{tmp_path / 'bench.json'}" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_by_length_and_batch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "new" / "bench.csv"
+    model = str(tmp_path / "model")
+    quick = ["--lengths", "8,12", "--batches", "2", "--warmup", "0", "--iterations", "1"]
+    assert main(["bench", model, *quick, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("\n| 2 | ") == 2 and "tokens/s" in printed
+    assert [line.split(",")[:2] for line in out.read_text().splitlines()] == [
+        ["batch_size", "seq_length"], ["2", "8"], ["2", "12"]]
+    assert main(["bench", model, *quick, "--no-train", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cells"][0]["train_tokens_per_second"] is None
+    assert main(["bench", model, *quick, "--out", str(tmp_path / "bench.png")]) == 0
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("options", "said"), [
+    (["--lengths", "8;12"], "--lengths"), (["--out", "bench.xlsx"], ".json, .csv"), (["--dtype", "fp7"], "dtype"),
+])
+def test_mistakes_about_a_model(tmp_path: Path, options: list[str], said: str,
+                                capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(tmp_path / "model"), *options]) == 2
+    assert said in capsys.readouterr().err

@@ -9,19 +9,22 @@ from gazelle.__main__ import main
 from gazelle.base.errors import MissingDependencyError
 from gazelle.cli.demo import (
     PACKAGE,
+    Graded,
+    accuracy_by_category,
     demo_model,
-    demo_questions,
     paraphrases,
     percent,
     score_table,
     spread,
     write_scores,
 )
-from gazelle.evaluate.keys import Graded, Question, accuracy_by_category, contains_keys
+from gazelle.data.conversation import Turn
+from gazelle.data.text_metrics import contains
+from gazelle.evaluate.cases import Case, read_cases
 
 
 def graded(*rows: tuple[str, bool]) -> list[Graded]:
-    return [Graded(Question([{"role": "user", "content": f"q{number}"}], ("k",), category), "an answer", right)
+    return [Graded(Case((Turn("user", f"q{number}"),), (), ("k",), category), "an answer", right)
             for number, (category, right) in enumerate(rows)]
 
 
@@ -54,14 +57,14 @@ def test_the_shipped_data_set_is_what_its_page_says() -> None:
     combined = {row["fact"] for row in train if row["category"] == "multi-step"}
     for row in test:
         question = f"{row['instruction']} {row['input']}"
-        assert contains_keys(row["output"], row["keys"])
-        assert not any(contains_keys(question, [key]) for key in row["keys"])
+        assert all(contains(row["output"], key) for key in row["keys"])
+        assert not any(contains(question, key) for key in row["keys"])
         assert all(fact in answers for fact in row["fact"].split("+"))
         if row["category"] == "multi-step":
             assert row["fact"] not in combined
             continue
-        assert all(contains_keys(answer, row["keys"]) for answer in answers[row["fact"]])
-    assert len(demo_questions(folder / "test.jsonl")) == len(test)
+        assert all(contains(answer, key) for answer in answers[row["fact"]] for key in row["keys"])
+    assert [list(case.keys) for case in read_cases(folder / "test.jsonl")] == [row["keys"] for row in test]
     assert sum(row["category"] == "multi-step" for row in test) >= 10
 
 

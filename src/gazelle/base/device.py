@@ -84,9 +84,9 @@ def memory_in_use(device: str) -> int:
 
 def peak_memory(device: str) -> int:
     """Highest bytes in use so far, measured as in `memory_in_use`."""
-    import torch
-
     if device.startswith("cuda"):
+        import torch
+
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset

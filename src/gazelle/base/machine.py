@@ -26,3 +26,10 @@ def machine_facts() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "versions": {"gazelle": __version__} | {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def fact_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """`machine_facts` as lines of a table for people."""
+    return [("device", facts["device"]), ("CPU cores", str(facts["cores"])),
+            ("host memory", f"{facts['memory_gb']} GB"), ("Python", f"{facts['python']} on {facts['system']}"),
+            ("packages", ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))]

@@ -17,6 +17,7 @@ OPTIONAL = {
     "trackio": ("trackio", 'report_to="trackio"', "pip install gazelle[trackio]"),
     "rouge_score": ("rouge-score", "the metrics rouge1, rouge2 and rougeL", "pip install gazelle[evaluate]"),
     "sacrebleu": ("sacrebleu", "the metrics bleu and chrf", "pip install gazelle[evaluate]"),
+    "lm_eval": ("lm-eval", "`gazelle eval --tasks`", "pip install gazelle[lm-eval]"),
     "compressed_tensors": ("compressed-tensors", "fp8, awq and gptq checkpoints", "pip install gazelle[vllm]"),
     "onnx": ("onnx", "exports to ONNX", "pip install gazelle[onnx]"),
     "onnxruntime": ("onnxruntime", "verifying exports to ONNX", "pip install gazelle[onnx]"),

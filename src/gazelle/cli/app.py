@@ -103,6 +103,52 @@ def export(
     export_command(model, to or ["gguf:q8_0"], output, data=data, verify=verify, llama=llama, vllm=vllm)
 
 
+@app.command(name="eval")
+def eval_(
+    models: Annotated[list[str], typer.Argument(
+        help="Folder, hub name, GGUF file or http://host:port/v1#name; NAME=PLACE names it. The first is compared with."
+    )],
+    cases: Annotated[Path | None, typer.Option(help="File of test cases, or of rows as training takes them.")] = None,
+    metrics: Annotated[str, typer.Option(help="Names with commas between.")] = "accuracy,token_f1,perplexity,latency",
+    judge: Annotated[str | None, typer.Option(help="A model that grades answers, as MODEL.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for the report.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Cases answered at a time.")] = 16,
+    timed_cases: Annotated[int, typer.Option(min=1, help="Cases answered one at a time, for latency.")] = 20,
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="4-bit weights. Default: as in training, else as they are stored.")
+    ] = False,
+    llama: Annotated[str | None, typer.Option(help="Folder of llama.cpp. Default: what is installed.")] = None,
+    api_key_env: Annotated[str | None, typer.Option(help="Environment variable with the key of an address.")] = None,
+    tasks: Annotated[list[str] | None, typer.Option(help="A task of lm-eval. Repeat it for several.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Examples of each task.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Put tasks' prompts into the chat template.")
+    ] = False,
+) -> None:
+    """Ask models the same test cases, or tasks of lm-eval, and compare them."""
+    from gazelle.cli.eval import eval_command
+
+    eval_command(models, cases=cases, metrics=metrics, judge=judge, output=output, max_new_tokens=max_new_tokens,
+                 batch_size=batch_size, timed_cases=timed_cases, load_in_4bit=load_in_4bit, llama=llama,
+                 api_key_env=api_key_env, tasks=tasks or [], include_path=include_path, limit=limit,
+                 apply_chat_template=apply_chat_template)
+
+
+@app.command()
+def rate(
+    report: Annotated[Path, typer.Argument(help="Folder that `gazelle eval --output` wrote.")],
+    models: Annotated[str, typer.Option(help="Two of its models, a comma between. Default: both.")] = "",
+    votes: Annotated[Path | None, typer.Option(help="File of votes. Default: votes.jsonl in the folder.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order in which answers are shown.")] = None,
+) -> None:
+    """Rate answers of two models without knowing whose they are: each vote is kept at once; go on whenever you like."""
+    from gazelle.cli.rate import rate_command
+
+    rate_command(report, [name.strip() for name in models.split(",") if name.strip()], votes, seed)
+
+
 @app.command()
 def scan(
     data: Annotated[str, typer.Argument(help="File, folder or hub name.")],
@@ -179,15 +225,29 @@ def doctor() -> None:
 
 @app.command()
 def bench(
-    rows: Annotated[int, typer.Option(min=1, help="Rows in a batch.")] = 8,
-    steps: Annotated[int, typer.Option(min=1, help="Measured steps of each, after warm-up steps.")] = 7,
-    out: Annotated[Path | None, typer.Option(help="JSON file to write the result to.")] = None,
+    model: Annotated[str | None, typer.Argument(help="Folder, hub name or GGUF file. Default: the demo's.")] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Without MODEL: rows in a batch.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Without MODEL: measured steps of each, after warm-up steps.")] = 7,
+    lengths: Annotated[str, typer.Option(help="Of MODEL: lengths in tokens.")] = "256,512",
+    batches: Annotated[str, typer.Option(help="Of MODEL: rows at a time.")] = "1,2,4",
+    dtype: Annotated[str | None, typer.Option(help="Of MODEL: fp32, bf16 or fp16.")] = None,
+    warmup: Annotated[int, typer.Option(min=0, help="Of MODEL: iterations that do not count.")] = 3,
+    iterations: Annotated[int, typer.Option(min=1, help="Of MODEL: iterations that do.")] = 10,
+    train: Annotated[
+        bool, typer.Option("--train/--no-train", help="Of MODEL: with LoRA on the engine, and a training step.")
+    ] = True,
+    load_in_4bit: Annotated[bool, typer.Option("--load-in-4bit", help="Of MODEL: 4-bit weights.")] = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the result; of MODEL .csv, .md or .png, too.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Measure a training step on this machine, beside Hugging Face + PEFT."""
-    from gazelle.cli.bench import bench_command
+    """Measure a training step beside Hugging Face + PEFT; or prefill, decoding and a training step of MODEL."""
+    from gazelle.cli.bench import bench_command, bench_model
 
-    bench_command(rows, steps, out, as_json=as_json)
+    if model is None:
+        bench_command(rows, steps, out, as_json=as_json)
+        return
+    bench_model(model, lengths, batches, dtype=dtype, warmup=warmup, iterations=iterations, train=train,
+                load_in_4bit=load_in_4bit, out=out, as_json=as_json)
 
 
 @app.command()

@@ -1,12 +1,12 @@
-"""`gazelle bench`: a training step on this machine, gazelle beside Hugging Face + PEFT, on the demo's rows.
+"""`gazelle bench`: a training step on this machine, gazelle beside Hugging Face + PEFT, on the demo's rows; or, of a
+model that is named, prefill, decoding and a training step by length and batch size.
 
-Both train the same LoRA on the same rows of the same model with an optimizer of their own. Hugging Face + PEFT is the
-plain script: padded batches, the model's own loss over all positions. Steps alternate between the two, so that whatever
-else the machine does falls on both; the figure is the median.
+Both of the two train the same LoRA on the same rows of the same model with an optimizer of their own. Hugging Face +
+PEFT is the plain script: padded batches, the model's own loss over all positions. Steps alternate between the two, so
+that whatever else the machine does falls on both; the figure is the median.
 """
 
 import copy
-import ctypes
 import json
 import statistics
 import time
@@ -22,14 +22,16 @@ from rich.table import Table
 from torch import Tensor
 
 from gazelle.base.device import default_device
-from gazelle.base.errors import OutputError
+from gazelle.base.errors import OptionError, OutputError
 from gazelle.base.files import check_writable, write_text
 from gazelle.base.log import log_to_terminal
 from gazelle.base.machine import machine_facts
+from gazelle.base.memory import memory_growth
 from gazelle.cli.demo import PACKAGE, demo_model
 from gazelle.data.encode import Example, encode
 from gazelle.data.load import load_conversations
 from gazelle.engine.graph import MOST_SHAPES, WARM_UP
+from gazelle.evaluate.benchmark import benchmark
 from gazelle.facade.language_model import FastLanguageModel
 from gazelle.models.packed import packed_attention_on
 from gazelle.models.swap import accelerate
@@ -40,6 +42,7 @@ from gazelle.train.step import GraphedStep, refuses_graph
 
 OURS, THEIRS = "gazelle", "hugging face + peft"
 LENGTH = 512
+NEW_TOKENS = 16
 
 
 class Side:
@@ -81,6 +84,44 @@ def bench_command(rows: int, steps: int, out: Path | None, *, as_json: bool) -> 
         typer.echo(json.dumps(result))
         return
     show(result)
+
+
+def bench_model(
+    model_name: str, lengths: str, batches: str, *, dtype: str | None, warmup: int, iterations: int, train: bool,
+    load_in_4bit: bool, out: Path | None, as_json: bool,
+) -> None:
+    """Measure a model with a LoRA adapter on the engine, print the table, and write it where that is asked for."""
+    log_to_terminal()
+    seq_lengths, batch_sizes = numbers(lengths, "--lengths"), numbers(batches, "--batches")
+    if out is not None:
+        check_writable(out.parent)
+        if out.suffix not in (".json", ".csv", ".md", ".png") or out.is_dir():
+            raise OutputError("the suffix says what the result is written as", where=f"--out {out}",
+                              found=out.suffix or "none", expected=".json, .csv, .md or .png", fix="choose one of them")
+    model, tokenizer = FastLanguageModel.from_pretrained(model_name, load_in_4bit=load_in_4bit,
+                                                         max_seq_length=max(seq_lengths) + NEW_TOKENS)
+    if train:
+        model = model if hasattr(model, "peft_config") else FastLanguageModel.get_peft_model(model)
+        accelerate(model)
+    report = benchmark(model, tokenizer, seq_lengths, batch_sizes, dtype, warmup, iterations, new_tokens=NEW_TOKENS,
+                       train=train)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".png":
+            report.plot(out)
+        else:
+            text = {".json": report.to_json, ".csv": report.to_csv, ".md": report.to_markdown}[out.suffix]()
+            write_text(out, text)
+    typer.echo(report.to_json() if as_json else report.to_markdown(), nl=False)
+
+
+def numbers(text: str, option: str) -> list[int]:
+    """The whole numbers of "256,512"."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise OptionError("these are no numbers", where=option, found=text, expected="such as 256,512",
+                          fix="write whole numbers with commas between") from error
 
 
 def measure(rows: int = 8, steps: int = 7) -> dict[str, Any]:
@@ -189,27 +230,9 @@ def now() -> float:
 
 def step_memory(side: Side, batch: list[Example]) -> int | None:
     """Most bytes in use during a step beyond those in use before it; None where the system does not tell."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    with memory_growth(default_device()) as growth:
         side.step(batch)
-        return torch.cuda.max_memory_allocated() - before
-    try:
-        if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-            trim(0)  # what is free, but kept for later, would hide what a step takes
-        Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the highest resident size so far
-    except (OSError, TypeError):
-        return None
-    before = resident("VmRSS")
-    side.step(batch)
-    return resident("VmHWM") - before
-
-
-def resident(name: str) -> int:
-    """A size in Linux's status of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+    return growth.bytes
 
 
 def show(result: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,8 @@ from gazelle.base.errors import MissingDependencyError
 from gazelle.base.files import write_text
 from gazelle.base.machine import machine_facts
 from gazelle.base.optional import OPTIONAL
-from gazelle.data.formats import to_conversations
-from gazelle.data.read import read_rows
-from gazelle.evaluate.keys import Graded, Question, accuracy_by_category, grade
+from gazelle.evaluate.cases import Case, by_category, read_cases
+from gazelle.evaluate.pipeline import EvaluationPipeline
 from gazelle.facade.run import run
 from gazelle.train.recipe import load_recipe
 
@@ -31,24 +31,22 @@ def run_demo(output: Path, seed: int) -> None:
     recipe.model.name = str(demo_model())
     recipe.output_dir = str(output)
     recipe.train["seed"] = recipe.train["data_seed"] = seed
-    questions = demo_questions(PACKAGE / "demo" / "test.jsonl")
+    cases = read_cases(PACKAGE / "demo" / "test.jsonl")
     before: list[Graded] = []
 
     def ask_first(model: Any, tokenizer: Any) -> None:
-        console.print(f"asking {len(questions)} questions before training …")
-        before.extend(grade(model, tokenizer, questions))
+        before.extend(grade("the model before training", model, tokenizer, cases))
 
     console.print(f"Teaching SmolLM2-135M-Instruct the documents of {COMPANY} …")
     trainer = run(recipe, overwrite=True, before_training=ask_first)
     training = trainer.seconds
-    console.print(f"asking the same {len(questions)} questions after training …")
-    after = grade(trainer.model, trainer.processing_class, questions)
+    after = grade("the model after training", trainer.model, trainer.processing_class, cases)
 
     write_scores(output / "scores.json", before, after, seconds={"training": training,
                                                                  "all": time.perf_counter() - began})
     console.print(score_table(before, after))
     for index in spread(before, after):
-        console.print(f"\n[bold]{questions[index].messages[-1]['content']}[/]")
+        console.print(f"\n[bold]{cases[index].question}[/]")
         console.print(f"  before  {before[index].answer.strip()}", markup=False, highlight=False, soft_wrap=True)
         console.print(f"  after   {after[index].answer.strip()}", markup=False, highlight=False, soft_wrap=True)
     console.print(
@@ -79,12 +77,27 @@ def demo_model() -> Path:
                                  expected="SmolLM2-135M-Instruct as GGUF", fix=f"{command} --force-reinstall")
 
 
-def demo_questions(path: Path) -> list[Question]:
-    """The test questions, as prompts with the strings a right answer contains."""
-    rows = read_rows(path)
-    conversations = to_conversations(rows)
-    return [Question(chat.messages()[:-1], tuple(row["keys"]), str(row["category"]))
-            for (row, _), chat in zip(rows, conversations, strict=True)]
+@dataclass(frozen=True)
+class Graded:
+    """One answer, and whether it holds every key fact."""
+
+    case: Case
+    answer: str
+    right: bool
+
+
+def grade(name: str, model: Any, tokenizer: Any, cases: list[Case]) -> list[Graded]:
+    """Ask a model every question (greedy decoding) and judge the answers."""
+    result, = EvaluationPipeline(models={name: (model, tokenizer)}, test_cases=cases, max_new_tokens=48,
+                                 batch_size=80).run().results
+    return [Graded(case, reply.text, score == 1) for case, reply, score
+            in zip(cases, result.replies, result.scores["accuracy"], strict=True)]
+
+
+def accuracy_by_category(graded: list[Graded]) -> dict[str, tuple[int, int]]:
+    """Category → (right, asked), in the order in which categories first come up."""
+    return {category: (sum(graded[number].right for number in numbers), len(numbers))
+            for category, numbers in by_category(item.case for item in graded).items()}
 
 
 def score_table(before: list[Graded], after: list[Graded]) -> Table:
@@ -104,7 +117,7 @@ def score_table(before: list[Graded], after: list[Graded]) -> Table:
 
 def paraphrases(graded: list[Graded]) -> tuple[int, int]:
     """(right, asked) over the single-fact questions."""
-    single = [item for item in graded if item.question.category != "multi-step"]
+    single = [item for item in graded if item.case.category != "multi-step"]
     return sum(item.right for item in single), len(single)
 
 
@@ -128,7 +141,7 @@ def write_scores(path: Path, before: list[Graded], after: list[Graded], seconds:
         "paraphrases": {"before": paraphrases(before), "after": paraphrases(after)},
         "by_category": {"before": accuracy_by_category(before), "after": accuracy_by_category(after)},
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
-        "answers": [{"question": later.question.messages[-1]["content"], "keys": later.question.keys,
+        "answers": [{"question": later.case.question, "keys": later.case.keys,
                      "before": earlier.answer, "after": later.answer, "right_before": earlier.right,
                      "right_after": later.right} for earlier, later in zip(before, after, strict=True)],
     }

@@ -56,15 +56,15 @@ def _alpaca(cells: Cells, where: str) -> list[Turn]:
 
 def _prompt_completion(cells: Cells, where: str) -> list[Turn]:
     prompt, completion = cells["prompt"], cells["completion"]
-    before = (turns_of(prompt, "prompt", where) if _is_messages(prompt)
+    before = (turns_of(prompt, "prompt", where) if is_messages(prompt)
               else [Turn("user", text_of(prompt, "prompt", where))])
-    after = (turns_of(completion, "completion", where) if _is_messages(completion)
+    after = (turns_of(completion, "completion", where) if is_messages(completion)
              else [Turn("assistant", text_of(completion, "completion", where))])
     # An assistant turn inside the prompt is an example to look at, not one to learn.
     return [Turn(turn.role, turn.content, turn.extra, train=False) for turn in before] + after
 
 
-def _is_messages(value: Any) -> bool:
+def is_messages(value: Any) -> bool:
     """True for a list, and for a JSON string of one that begins with a message: other JSON arrays are ordinary texts,
     such as the answers of extraction data."""
     if not isinstance(value, str):

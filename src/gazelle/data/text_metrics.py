@@ -44,7 +44,7 @@ def normalised_match(answer: str, expected: str) -> float:
 
 def token_f1(answer: str, expected: str) -> float:
     """F1 of the words that both share, however ordered, once `normalised`: SQuAD's (Rajpurkar et al., 2016)."""
-    said, wanted = (Counter(_HAN_OR_REST.findall(normalised(text))) for text in (answer, expected))
+    said, wanted = (Counter(words(text)) for text in (answer, expected))
     if not said or not wanted:
         return float(said == wanted)
     return 2 * (said & wanted).total() / (said.total() + wanted.total())
@@ -66,7 +66,7 @@ def rouge(kind: str) -> TextMetric:
 
 def bleu(answer: str, expected: str) -> float:
     """Sentence BLEU by sacrebleu, 0 to 100: n-grams longer than the answer do not count (effective order)."""
-    return float(require("sacrebleu").sentence_bleu(answer, [expected], tokenize=_bleu_tokens([expected])).score)
+    return float(require("sacrebleu").sentence_bleu(answer, [expected], tokenize=bleu_tokens([expected])).score)
 
 
 def chrf(answer: str, expected: str) -> float:
@@ -93,6 +93,11 @@ def normalised(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", plain).split()) or " ".join(plain.split())
 
 
+def words(text: str) -> list[str]:
+    """What stands between the spaces of the `normalised` text; each character of Chinese and Japanese by itself."""
+    return _HAN_OR_REST.findall(normalised(text))
+
+
 def tokens(text: str) -> list[str]:
     """Words in lower case, runs of letters and digits; each character of Chinese and Japanese by itself."""
     return _TOKENS.findall(text.lower())
@@ -114,7 +119,7 @@ METRICS: dict[str, TextMetric] = {
 # Of these the figure of many answers is not the mean of each one's.
 _CORPUS: dict[str, Callable[[Sequence[str], Sequence[str]], float]] = {
     "bleu": lambda answers, expected: float(
-        require("sacrebleu").corpus_bleu(answers, [expected], tokenize=_bleu_tokens(expected)).score),
+        require("sacrebleu").corpus_bleu(answers, [expected], tokenize=bleu_tokens(expected)).score),
     "chrf": lambda answers, expected: float(require("sacrebleu").corpus_chrf(answers, [expected]).score),
     "distinct_1": lambda answers, _: distinct_n(answers, 1),
     "distinct_2": lambda answers, _: distinct_n(answers, 2),
@@ -164,7 +169,7 @@ def _n_grams(words: list[str], n: int) -> Iterable[tuple[str, ...]]:
     return zip(*(words[start:] for start in range(n)), strict=False)
 
 
-def _bleu_tokens(expected: Sequence[str]) -> str:
+def bleu_tokens(expected: Sequence[str]) -> str:
     """sacrebleu's tokenizer for these texts: `zh` cuts Chinese into characters and everything else as `13a` does."""
     return "zh" if any(re.search(f"[{_HAN}]", text) for text in expected) else "13a"
 

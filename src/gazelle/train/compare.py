@@ -11,12 +11,12 @@ import jinja2
 import yaml
 
 from gazelle.base.errors import OptionError
+from gazelle.base.figures import COLOURS, INK
 from gazelle.base.files import write_text
 from gazelle.data.text_metrics import METRICS
 from gazelle.models.record import read_record
 from gazelle.train.checkpoint import checkpoints
 from gazelle.train.metrics import eval_history, is_eval_loss, read_metrics
-from gazelle.train.plot import COLOURS, INK
 
 _PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8"><title>gazelle compare</title><style>
 body { margin: 2rem auto; max-width: 1160px; padding: 0 1rem; font: 15px/1.5 system-ui, sans-serif; color: #1e293b; }

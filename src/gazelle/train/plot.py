@@ -1,13 +1,10 @@
 """Curves of a run, drawn with matplotlib."""
 
-import io
 from pathlib import Path
 from typing import Any
 
+from gazelle.base.figures import COLOURS, INK, new_figure, svg_of
 from gazelle.train.metrics import eval_history, is_eval_loss
-
-INK = "#334155"
-COLOURS = ("#c2681f", "#1f6fc2", "#2f855a", "#7c3aed", "#b83280")
 
 
 def curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[str, list[float], list[float]]]]:
@@ -37,22 +34,15 @@ def curves(metrics: list[dict[str, Any]]) -> dict[str, list[tuple[str, list[floa
 
 
 def _figure(title: str, lines: list[tuple[str, list[float], list[float]]], size: tuple[float, float]) -> Any:
-    # The object interface, not pyplot: no global state, no display, safe in any thread.
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=size, layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = new_figure(title, size)
     for number, (label, steps, values) in enumerate(lines):
         colour = COLOURS[number % len(COLOURS)]
         axes.plot(steps, values, color=colour, label=label, linewidth=1.8, marker="o" if len(steps) < 30 else None,
                   markersize=3.5)
-    axes.set_title(title, loc="left", fontsize=11, color=INK)
     axes.set_xlabel("optimizer step", color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=INK)
     if title != "Learning rate":
         axes.set_ylim(bottom=0)
     if len(lines) > 1 or title in ("Loss", "Answers"):  # of which a lone line has to be told
@@ -69,13 +59,4 @@ def loss_png(metrics: list[dict[str, Any]], path: Path) -> None:
 
 def panel_svgs(metrics: list[dict[str, Any]]) -> list[str]:
     """Each panel as a stand-alone `<svg>` element, for pasting into HTML."""
-    import matplotlib as mpl
-
-    images = []
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gazelle"}):
-        for title, lines in curves(metrics).items():
-            buffer = io.StringIO()
-            _figure(title, lines, (5.6, 3.2)).savefig(buffer, format="svg", metadata={"Date": None}, transparent=True)
-            text = buffer.getvalue()
-            images.append(text[text.index("<svg") :])  # without the XML prologue
-    return images
+    return [svg_of(_figure(title, lines, (5.6, 3.2))) for title, lines in curves(metrics).items()]

@@ -5,11 +5,11 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import TrainingArguments
 
 from gazelle.base.files import write_text
-from gazelle.base.machine import machine_facts
+from gazelle.base.machine import fact_rows, machine_facts
+from gazelle.base.pages import page_template
 from gazelle.data.report import DataReport
 from gazelle.train.config import SECRETS
 from gazelle.train.facts import RunFacts
@@ -31,13 +31,14 @@ def write_report(args: TrainingArguments, facts: RunFacts, data: DataReport, sam
     if losses:
         cards.insert(0, ("training loss", f"{losses[0]:.2f} → {losses[-1]:.2f}"))
     cards[bool(losses):bool(losses)] = last_figures(metrics)
-    page = _environment().get_template("report.html.jinja").render(
+    page = page_template(Path(__file__).parent / "report.html.jinja").render(
         title=f"Fine-tuning {Path(facts.model_name).name or facts.model_name}",
         subtitle=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z} · {folder}",
         cards=cards, plots=panel_svgs(metrics), samples=samples,
         advice=facts.advice, stopped=facts.stopped, plan=facts.plan, warnings=data.warnings,
-        data_lines="\n".join(data.lines(warnings=False)),
-        settings=chosen_settings(args, facts), all_settings=_all_settings(args), machine=_machine(),
+        data_lines="
+".join(data.lines(warnings=False)),
+        settings=chosen_settings(args, facts), all_settings=_all_settings(args), machine=fact_rows(machine_facts()),
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
@@ -51,11 +52,6 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02} min"
-
-
-def _environment() -> jinja2.Environment:
-    return jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-                              undefined=jinja2.StrictUndefined)
 
 
 def chosen_settings(args: TrainingArguments, facts: RunFacts) -> list[tuple[str, Any]]:
@@ -78,10 +74,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return " ".join(sorted(map(str, value)))
     return getattr(value, "value", value)  # enums by their value
-
-
-def _machine() -> list[tuple[str, str]]:
-    facts = machine_facts()
-    return [("device", facts["device"]), ("CPU cores", str(facts["cores"])),
-            ("host memory", f"{facts['memory_gb']} GB"), ("Python", f"{facts['python']} on {facts['system']}"),
-            ("packages", ", ".join(f"{name} {version}" for name, version in facts["versions"].items()))]

@@ -9,12 +9,14 @@ import ctypes
 import importlib.util
 import shutil
 import sys
+import time
 from ctypes import POINTER, Structure, c_bool, c_char, c_char_p, c_float, c_int8, c_int32, c_size_t, c_uint32, c_void_p
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gazelle.base.device import peak_memory
 from gazelle.base.errors import MissingDependencyError, ModelError, OptionError
 from gazelle.export.consumers.rows import judged
 
@@ -146,10 +148,16 @@ def answer(request: dict[str, Any], library: Path) -> tuple[dict[str, Any], "np.
         said, chosen = judged(row, logits)
         logprobs.append(said)
         likeliest.append(chosen)
+    ends = llama.ends()
+    stops = set(ends if request["stops"] is None else request["stops"])
+    answers, seconds = [], []
+    for prompt in request["prompts"]:
+        ids, took = _greedy(llama, prompt, request["tokens"], stops)
+        answers.append(ids)
+        seconds.append(took)
     given = {"consumer": f"llama.cpp ({library})", "texts": [llama.tokenize(text) for text in request["texts"]],
-             "chats": [llama.tokenize(text) for text in request["chats"]], "ends": llama.ends(),
-             "answers": [_greedy(llama, prompt, request) for prompt in request["prompts"]],
-             "logprobs": logprobs, "likeliest": likeliest}
+             "chats": [llama.tokenize(text) for text in request["chats"]], "ends": ends, "answers": answers,
+             "seconds": seconds, "memory": peak_memory("cpu"), "logprobs": logprobs, "likeliest": likeliest}
     return given, np.concatenate(kept) if kept else None
 
 
@@ -163,14 +171,16 @@ def _put_adapter(llama: Llama, path: Path) -> None:
         llama.c.llama_set_adapter_lora(llama.context, adapter, 1.0)
 
 
-def _greedy(llama: Llama, prompt: list[int], request: dict[str, Any]) -> list[int]:
+def _greedy(llama: Llama, prompt: list[int], tokens: int, stops: set[int]) -> tuple[list[int], tuple[float, float]]:
+    """Ids of an answer, and the seconds until its first token and its end."""
     llama.clear()
     out: list[int] = []
-    new = prompt
-    while len(out) < request["tokens"] and not (out and out[-1] in request["stops"]):
+    new, began, first = prompt, time.perf_counter(), 0.0
+    while len(out) < tokens and not (out and out[-1] in stops):
         out.append(int(llama.feed(new, [len(new) - 1])[0].argmax()))
         new = out[-1:]
-    return out
+        first = first or time.perf_counter() - began
+    return out, (first, time.perf_counter() - began)
 
 
 def _load(path: Path, said: list[str]) -> Any:
