@@ -36,8 +36,7 @@ def write_report(args: TrainingArguments, facts: RunFacts, data: DataReport, sam
         subtitle=f"{datetime.datetime.now().astimezone():%Y-%m-%d %H:%M %Z} · {folder}",
         cards=cards, plots=panel_svgs(metrics), samples=samples,
         advice=facts.advice, stopped=facts.stopped, plan=facts.plan, warnings=data.warnings,
-        data_lines="
-".join(data.lines(warnings=False)),
+        data_lines="\n".join(data.lines(warnings=False)),
         settings=chosen_settings(args, facts), all_settings=_all_settings(args), machine=fact_rows(machine_facts()),
     )
     write_text(folder / "report.html", page)
