@@ -64,6 +64,12 @@ def test_a_run_leaves_metrics_report_and_curve(
     printed = capsys.readouterr().err
     assert "step 2/2 · loss" in printed and "tok/s" in printed and "left" in printed
     assert "evaluation loss" in printed
+    assert f"{training[0]['loss']:.2f} → {training[1]['loss']:.2f}" in page
+
+    short = SFTTrainer(tiny(), SFTConfig(output_dir=str(tmp_path / "short"), **QUIET | {
+        "report": True, "report_samples": 0, "logging_steps": 10}), rows, None, demo_tokenizer)
+    mean = short.train().training_loss
+    assert f"{mean:.2f} on average" in (tmp_path / "short" / "report.html").read_text()
 
 
 def test_evaluation_weighs_every_token_once(

@@ -83,6 +83,15 @@ def last_figures(metrics: list[dict[str, Any]]) -> list[tuple[str, str]]:
             if len(history) == 1 or name == "loss"]
 
 
+def training_loss(metrics: list[dict[str, Any]], digits: int) -> str | None:
+    """The first and the last loss of a run's lines, or the mean of a run too short for one; None without either."""
+    losses = [entry["loss"] for entry in metrics if entry.get("loss") is not None]
+    if losses:
+        return f"{losses[0]:.{digits}f} → {losses[-1]:.{digits}f}"
+    means = [entry["train_loss"] for entry in metrics if entry.get("train_loss") is not None]
+    return f"{means[-1]:.{digits}f} on average" if means else None
+
+
 def metrics_path(args: TrainingArguments) -> Path:
     """Where the metrics of a run are."""
     folder = Path(str(args.output_dir))

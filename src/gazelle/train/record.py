@@ -9,17 +9,17 @@ from transformers import TrainingArguments
 from gazelle.data.report import DataReport
 from gazelle.models.hub import check_repository, push_folder
 from gazelle.train.facts import RunFacts
-from gazelle.train.metrics import last_figures, metrics_path, read_metrics
+from gazelle.train.metrics import last_figures, metrics_path, read_metrics, training_loss
 from gazelle.train.report import chosen_settings, duration
 
 
 def run_record(args: TrainingArguments, facts: RunFacts, data: DataReport | None) -> dict[str, Any]:
     """The run as plain lists and strings, without tokens and without rows of the data."""
     metrics = read_metrics(metrics_path(args)) if args.output_dir and metrics_path(args).exists() else []
-    losses = [entry["loss"] for entry in metrics if entry.get("loss") is not None]
+    losses = training_loss(metrics, 3)
     shown = [("optimizer steps", f"{facts.steps:,}"), ("training time", duration(facts.seconds)),
              ("parameters trained", f"{facts.trainable / 1e6:,.1f} M of {facts.parameters / 1e6:,.1f} M"),
-             *([("training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}")] if losses else []),
+             *([("training loss", losses)] if losses else []),
              *last_figures(metrics),
              *([("stopped by the advisor", facts.stopped)] if facts.stopped else [])]
     return {

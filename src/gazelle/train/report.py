@@ -13,7 +13,7 @@ from gazelle.base.pages import page_template
 from gazelle.data.report import DataReport
 from gazelle.train.config import SECRETS
 from gazelle.train.facts import RunFacts
-from gazelle.train.metrics import last_figures, metrics_path, read_metrics
+from gazelle.train.metrics import last_figures, metrics_path, read_metrics, training_loss
 from gazelle.train.plot import loss_png, panel_svgs
 from gazelle.train.samples import Sample
 
@@ -23,13 +23,13 @@ def write_report(args: TrainingArguments, facts: RunFacts, data: DataReport, sam
     folder = Path(str(args.output_dir))
     metrics = read_metrics(metrics_path(args))
     loss_png(metrics, folder / "loss.png")
-    losses = [entry["loss"] for entry in metrics if entry.get("loss") is not None]
+    losses = training_loss(metrics, 2)
     cards = [("optimizer steps", f"{facts.steps:,}"), ("training time", duration(facts.seconds)),
              ("tokens per second", f"{facts.tokens_per_second:,.0f}"),
              ("peak memory", f"{facts.peak_memory / 1e9:.1f} GB"),
              ("parameters trained", f"{facts.trainable / 1e6:,.1f} M ({facts.trainable / facts.parameters:.1%})")]
     if losses:
-        cards.insert(0, ("training loss", f"{losses[0]:.2f} → {losses[-1]:.2f}"))
+        cards.insert(0, ("training loss", losses))
     cards[bool(losses):bool(losses)] = last_figures(metrics)
     page = page_template(Path(__file__).parent / "report.html.jinja").render(
         title=f"Fine-tuning {Path(facts.model_name).name or facts.model_name}",
