@@ -218,7 +218,6 @@ def _read(model: Any, folder: Path) -> list[Factors]:
     finally:
         if adapted is not None:
             adapted.unload()
-            del model.peft_config  # PEFT leaves it behind
         _put_back(model, learnt)
 
 

@@ -44,7 +44,9 @@ class Grammars:
             self._read = require("llguidance.hf").from_tokenizer(self._tokenizer, n_vocab=self._rows,
                                                                  eos_token=list(self._ends))
         try:
-            text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            # White space at will lets a small model write nothing else until its tokens are used up.
+            text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema),
+                                                                 defaults={"whitespace_flexible": False})
         except ValueError as error:
             raise _refused(schema, str(error)) from error
         if problem := llguidance.LLMatcher.validate_grammar(text, self._read):
