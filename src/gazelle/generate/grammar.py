@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class GrammarError(RuntimeError):
+    """An answer cannot go on as its schema wants it."""
+
+
 class Grammars:
     """Makes one `Grammar` an answer; the tokenizer is read once, when the first is made.
 
@@ -70,7 +74,7 @@ class Grammar:
     def take(self, token: int) -> None:
         """Go on after `token`."""
         if not self._matcher.consume_token(token):
-            raise RuntimeError(f"the grammar does not go on: {self._matcher.get_error()}")
+            raise GrammarError(f"the answer cannot go on as its schema wants it: {self._matcher.get_error()}")
 
     @property
     def complete(self) -> bool:
