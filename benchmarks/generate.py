@@ -6,7 +6,7 @@ Tokens/s of answers (prompts computed in the same time), the median of the repea
 has the same number of tokens: the end token is ignored. Sixteen prompts of 40 to 90 tokens:
 
 - one by one: transformers' `generate`, and a batcher that is given one request at a time
-- together: all sixteen at once, in transformers' `generate` padded, and in the batcher
+- together: all sixteen at once, in transformers' `generate` padded, in its continuous batching, and in the batcher
 - mixed: the same under four LoRA adapters and none; and transformers' `generate` with PEFT's `adapter_names`
 - a beginning in common: sixteen prompts with the same first 384 tokens, with sharing and without
 - `agree` says how many of the sixteen answers are, token for token, transformers' one-by-one answers
@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import GenerationConfig
+from transformers.generation import ContinuousBatchingConfig
 
 from gazelle.base.machine import machine_facts
 from gazelle.cli.demo import demo_model
@@ -63,6 +65,16 @@ def plain(model: Any, rows: list[list[int]], tokens: int, **options: Any) -> lis
     out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=tokens, min_new_tokens=tokens,
                          do_sample=False, pad_token_id=0, **options)
     return out[:, longest:].tolist()
+
+
+def continuous(model: Any, rows: list[list[int]], tokens: int) -> list[list[int]]:
+    """transformers' own continuous batching."""
+    out = model.generate_batch(
+        rows, generation_config=GenerationConfig(max_new_tokens=tokens, do_sample=False, eos_token_id=-1,
+                                                 pad_token_id=0),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=4096 // 16, block_size=16, max_batch_tokens=512),
+        progress_bar=False)
+    return [out[key].generated_tokens for key in sorted(out, key=lambda key: int(str(key).split("_")[-1]))]
 
 
 def ours(batcher: Batcher, rows: list[list[int]], tokens: int, names: list[str | None],
@@ -111,6 +123,7 @@ def main() -> None:
     plain(model, rows[:1], 2)
     want = note("transformers one by one", lambda: [plain(model, [row], tokens)[0] for row in rows])
     note("transformers together", lambda: plain(model, rows, tokens), want)
+    note("transformers' continuous batching", lambda: continuous(model, rows, tokens), want)
     fresh = {"max_context": 1024, "cache_tokens": NUMBER * 1024}
     with Batcher(model, tokenizer, share_prefixes=False, **fresh) as batcher:
         note("one by one", lambda: ours(batcher, rows, tokens, nobody, 1), want)

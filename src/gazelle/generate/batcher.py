@@ -3,7 +3,7 @@
 import itertools
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class Batcher:
     """Generates many answers at a time, one token of each a step.
 
-    `prepare`, `enqueue`, `submit` and `cancel` may be called from any thread, everything else from one. The model is in evaluation mode, and
-    its layers carry the adapters, until `close`.
+    `prepare`, `enqueue`, `submit` and `cancel` may be called from any thread, everything else from one. The model is in
+    evaluation mode, and its layers carry the adapters, until `close`.
 
     Args:
         model: a causal language model, with or without an adapter.
@@ -79,7 +79,7 @@ class Batcher:
         if reason:
             say_once(f"answers are computed one by one, without a paged cache: {reason}")
             self.runner = PlainRunner(model, self.adapters)
-            self._kind = lambda _: None
+            self._kind: Callable[[int], Hashable] = lambda _: None
         else:
             on_gpu = inner.get_input_embeddings().weight.device.type == "cuda"
             self.runner = PagedRunner(model, self.adapters, PagedCache(count, page_size),
@@ -126,7 +126,7 @@ class Batcher:
         return self.pages.count * self.pages.size
 
     def submit(self, ids: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Request:
-        """`prepare` and `enqueue`: let a prompt be answered, as soon as there is room. May be called from any thread."""
+        """`prepare` and `enqueue`: let a prompt be answered as soon as there is room."""
         request = self.prepare(ids, sampling, adapter)
         self.enqueue(request)
         return request
@@ -156,9 +156,8 @@ class Batcher:
                               found=f"{len(ids)} + {asked} tokens", expected=f"at most {most} together",
                               fix="shorten the prompt or lower max_new_tokens")
         grammar = None if sampling.schema is None else self._grammars.of_schema(sampling.schema)
-        request = Request(ids, sampling, adapter, asked, Chooser(sampling, ids, grammar),
-                          Pieces(self.tokenizer, sampling.stop))
-        return request
+        return Request(ids, sampling, adapter, asked, Chooser(sampling, ids, grammar),
+                       Pieces(self.tokenizer, sampling.stop))
 
     def enqueue(self, request: Request) -> None:
         """Let a prepared request take part from the next step on. May be called from any thread."""
