@@ -226,6 +226,7 @@ def test_weights_in_four_bits_under_an_adapter(letters, alone, prompts, tmp_path
         plain = [alone(model, row, 8) for row in rows]
     tuned = [alone(model, row, 8) for row in rows]
     with Batcher(model, letters, page_size=4) as batcher:
-        requests = [batcher.submit(row, Sampling(max_new_tokens=8), name) for name in (None, "__base__") for row in rows]
+        requests = [batcher.submit(row, Sampling(max_new_tokens=8), name)
+                    for name in (None, "__base__") for row in rows]
         drive(batcher)
     assert [request.tokens for request in requests] == tuned + plain and tuned != plain
