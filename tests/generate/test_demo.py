@@ -68,7 +68,7 @@ def check(model, tokenizer, folder, number, tokens):
             out = reference.generate(input_ids=ids, **how)
         assert request.tokens == out[0, len(row):].tolist(), f"prompt of {len(row)} tokens under {name}"
         answers.add(tuple(request.tokens))
-    assert len(answers) > number // 2
+    assert len(answers) > number // 4
 
 
 def test_a_few(demo_model, demo_tokenizer, tmp_path):
