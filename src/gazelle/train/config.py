@@ -117,6 +117,9 @@ class _SFTArguments(TrainingArguments):
     spike_factor: float = field(
         default=10.0, metadata={"help": "A gradient norm this many times the median of late is a spike; 0: none is."}
     )
+    metrics_port: int | None = field(
+        default=None, metadata={"help": "Serve Prometheus metrics of the run on this port of the loopback address."}
+    )
     report: bool = field(default=True, metadata={"help": "Write report.html and loss.png when training ends."})
     report_samples: int = field(
         default=3, metadata={"help": "Prompts answered before and after training, shown in the report."}
@@ -231,6 +234,10 @@ def check_values(config: Any) -> None:
            lambda v: isinstance(v, int | float) and v >= 0)
     _check("spike_factor", config.spike_factor, "0, or a number above 1",
            lambda v: isinstance(v, int | float) and (v == 0 or v > 1))
+    if config.metrics_port is not None:
+        _check("metrics_port", config.metrics_port, "a port, or 0 for any that is free",
+               lambda v: isinstance(v, int) and 0 <= v < 2**16)
+        require("prometheus_client")
     if str(config.train_sampling_strategy) == "group_by_length":
         say_once("train_sampling_strategy='group_by_length' has no effect: " + DROPPED["group_by_length"])
         config.train_sampling_strategy = "random"

@@ -6,15 +6,18 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from gazelle.data.profile import profile_of
 from gazelle.data.report import DataReport
 from gazelle.models.hub import check_repository, push_folder
 from gazelle.train.facts import RunFacts
 from gazelle.train.metrics import is_eval_loss, metrics_path, read_metrics
+from gazelle.train.prepare import Prepared
 from gazelle.train.report import chosen_settings, duration
 
 
-def run_record(args: TrainingArguments, facts: RunFacts, data: DataReport | None) -> dict[str, Any]:
+def run_record(args: TrainingArguments, facts: RunFacts, prepared: Prepared) -> dict[str, Any]:
     """The run as plain lists and strings, without tokens and without rows of the data."""
+    data = prepared.report
     metrics = read_metrics(metrics_path(args)) if args.output_dir and metrics_path(args).exists() else []
     losses = [entry["loss"] for entry in metrics if entry.get("loss") is not None]
     evals = [value for entry in metrics for name, value in entry.items() if is_eval_loss(name) and value is not None]
@@ -22,6 +25,7 @@ def run_record(args: TrainingArguments, facts: RunFacts, data: DataReport | None
              ("parameters trained", f"{facts.trainable / 1e6:,.1f} M of {facts.parameters / 1e6:,.1f} M"),
              *([("training loss", f"{losses[0]:.3f} → {losses[-1]:.3f}")] if losses else []),
              *([("evaluation loss", f"{evals[-1]:.3f}")] if evals else [])]
+    profile = profile_of(prepared.train.examples) if prepared.train is not None else None
     return {
         "train": _place(data.train.source if data else ""),
         "eval": _place(data.test.source if data and data.test else ""),
@@ -31,6 +35,7 @@ def run_record(args: TrainingArguments, facts: RunFacts, data: DataReport | None
         "facts": shown,
         "settings": [(name, str(value)) for name, value in chosen_settings(args, facts) if name != "model"],
         "data_report": _figures(data),
+        **({"profile": profile.to_dict()} if profile else {}),  # for `gazelle serve`, which watches for drift
     }
 
 
