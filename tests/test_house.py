@@ -14,7 +14,7 @@ FLOORS = [
     ["kernels"],
     ["quantize"],
     ["engine"],
-    ["adapters", "data"],
+    ["adapters", "data", "guard"],
     ["models"],
     ["train", "rl", "compress", "export", "evaluate", "serve"],
     ["facade"],
@@ -24,7 +24,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 ALLOWED = {
     "triton": {"kernels"},
-    "transformers": {"models", "data", "train", "rl", "export", "evaluate", "serve"},
+    "transformers": {"models", "data", "guard", "train", "rl", "export", "evaluate", "serve"},
     "bitsandbytes": {"quantize", "cli", "train"},
     "compressed_tensors": {"export"},
     "peft": {"adapters", "models", "export"},

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from gazelle.facade.language_model import FastLanguageModel
     from gazelle.facade.scripts.calls import add_new_tokens, unsloth_train
     from gazelle.facade.vllm import prepare_for_vllm
+    from gazelle.guard.checker import SafetyChecker
     from gazelle.models.precision import MixedPrecisionConfig
     from gazelle.models.swap import accelerate, explain, restore
     from gazelle.train.config import SFTConfig
@@ -34,6 +35,7 @@ _HOMES = {
     "MixedPrecisionConfig": "gazelle.models.precision",
     "SFTConfig": "gazelle.train.config",
     "SFTTrainer": "gazelle.train.trainer",
+    "SafetyChecker": "gazelle.guard.checker",
     "UserError": "gazelle.base.errors",
     "accelerate": "gazelle.models.swap",
     "add_new_tokens": "gazelle.facade.scripts.calls",
@@ -51,10 +53,10 @@ _HOMES = {
 }
 
 __all__ = ["CurriculumTrainer", "DistillationTrainer", "DynamicSequenceLengthTrainer", "FastLanguageModel",
-           "GazelleError", "MixedPrecisionConfig", "SFTConfig", "SFTTrainer", "UserError", "__version__", "accelerate",
-           "add_new_tokens", "apply_chat_template", "explain", "get_chat_template", "is_bfloat16_supported",
-           "prepare_for_vllm", "profile_io", "restore", "standardize_sharegpt", "to_sharegpt",
-           "train_on_responses_only", "unsloth_train"]
+           "GazelleError", "MixedPrecisionConfig", "SFTConfig", "SFTTrainer", "SafetyChecker", "UserError",
+           "__version__", "accelerate", "add_new_tokens", "apply_chat_template", "explain", "get_chat_template",
+           "is_bfloat16_supported", "prepare_for_vllm", "profile_io", "restore", "standardize_sharegpt",
+           "to_sharegpt", "train_on_responses_only", "unsloth_train"]
 
 
 def __getattr__(name: str) -> object:
