@@ -13,7 +13,9 @@ from starlette.responses import Response
 
 from gazelle.base.errors import UserError
 from gazelle.base.log import logger
-from gazelle.serve.engine import Piece, Token
+from gazelle.generate.request import Event, Request
+from gazelle.generate.sample import Logprob
+from gazelle.generate.worker import WorkerStoppedError
 from gazelle.serve.errors import ApiError, from_user_error, unavailable
 from gazelle.serve.forms import Form
 from gazelle.serve.gate import Receive, Scope, Send, until_gone
@@ -21,27 +23,26 @@ from gazelle.serve.metrics import Told
 from gazelle.serve.prompts import Job, ServedModel
 from gazelle.serve.service import Service
 
-_Item = tuple[int, Piece | BaseException]
-
 
 @dataclass
 class Choice:
     """One answer as far as it has come."""
 
     job: Job
-    handle: Any = None
+    request: Request | None = None
     text: str = ""
     ids: list[int] = field(default_factory=list)
-    tokens: list[Token] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
     finish: str | None = None
     first_at: float | None = None
     last_at: float = 0.0
+    guarded: Any = None
 
 
 class Answer(Response):
-    """The response to a completion or chat request: asks the engine, and writes what comes.
+    """The response to a completion or chat request: asks the worker, and writes what comes.
 
-    Whatever happens, the places are given back and what the engine still writes is cancelled.
+    Whatever happens, the places are given back and what is still being written is cancelled.
 
     Args:
         service: of the server.
@@ -53,7 +54,7 @@ class Answer(Response):
         super().__init__()
         self._service, self._model, self._form = service, model, form
         self._choices: list[Choice] = []
-        self._items: asyncio.Queue[_Item] = asyncio.Queue()
+        self._coming: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._began = 0.0
         self._key = "anonymous"
 
@@ -68,8 +69,8 @@ class Answer(Response):
             await until_gone(receive, self._answer(send))
         finally:
             for choice in self._choices:
-                if choice.finish is None and choice.handle is not None:
-                    service.engine.cancel(choice.handle)
+                if choice.finish is None and choice.request is not None:
+                    service.worker.cancel(choice.request)
                 self._count(choice)
             service.give(places, time.perf_counter() - self._began)
 
@@ -79,14 +80,14 @@ class Answer(Response):
             async with asyncio.timeout(self._service.settings.limits.seconds):
                 await self._submit()
                 if self._form.stream:
-                    async for line in self._events():
+                    async for line in self._lines():
                         if not started:
                             started = True
                             await send({"type": "http.response.start", "status": 200, "headers": _SSE_HEADERS})
                         await send({"type": "http.response.body", "body": line, "more_body": True})
                     await send({"type": "http.response.body", "body": b""})
                 else:
-                    async for _ in self._pieces():
+                    async for _ in self._events():
                         pass
                     body = json.dumps(self._form.whole(self._choices), ensure_ascii=False).encode()
                     await send({"type": "http.response.start", "status": 200, "headers": [
@@ -102,74 +103,86 @@ class Answer(Response):
             await send({"type": "http.response.body", "body": _event(error.body()), "more_body": False})
 
     async def _submit(self) -> None:
-        """Prepare in a thread, where long texts hold up nobody, and ask the engine."""
+        """Prepare in a thread, where long texts hold up nobody, and ask the worker."""
         loop = asyncio.get_running_loop()
         service = self._service
-        jobs = await loop.run_in_executor(service.pool, self._form.jobs, self._model, service.settings)
+        jobs = await loop.run_in_executor(service.pool, self._form.jobs, self._model, service.settings,
+                                          service.guard)
         for index, job in enumerate(jobs):
             self._choices.append(choice := Choice(job))
-            sink = functools.partial(self._sink, loop, index)
-            asked = loop.run_in_executor(service.pool, service.engine.submit, job.ids, job.sampling,
-                                         self._model.adapter, sink)
+            asked = loop.run_in_executor(service.pool, functools.partial(
+                service.worker.submit, job.ids, job.sampling, self._model.adapter,
+                deliver=functools.partial(self._deliver, loop, index)))
             try:
-                choice.handle = await asyncio.shield(asked)
+                choice.request = await asyncio.shield(asked)
             except asyncio.CancelledError:
                 asked.add_done_callback(self._unwanted)  # the thread asks all the same
                 raise
             except UserError as error:
                 choice.finish = "refused"
                 raise from_user_error(error) from error
+            except WorkerStoppedError as error:
+                raise unavailable("The server is shutting down.", "shutting_down") from error
 
-    def _unwanted(self, asked: "asyncio.Future[Any]") -> None:
+    def _unwanted(self, asked: "asyncio.Future[Request]") -> None:
         if not asked.cancelled() and asked.exception() is None:
-            self._service.engine.cancel(asked.result())
+            self._service.worker.cancel(asked.result())
 
-    def _sink(self, loop: asyncio.AbstractEventLoop, index: int, item: Piece | BaseException) -> None:
-        """Called from the engine's thread, which outlives no server but may outlive its loop by a moment."""
+    def _deliver(self, loop: asyncio.AbstractEventLoop, index: int, event: Event) -> None:
+        """Called in the worker's thread, which may outlive the loop by a moment."""
         with suppress(RuntimeError):
-            loop.call_soon_threadsafe(self._items.put_nowait, (index, item))
+            loop.call_soon_threadsafe(self._coming.put_nowait, (index, event))
 
-    async def _pieces(self) -> AsyncIterator[tuple[Choice, int, Piece]]:
-        """Pieces of all choices as they come, until each has ended."""
+    async def _events(self) -> AsyncIterator[tuple[Choice, int, Event]]:
+        """Events of all choices as they come, until each has ended."""
         ending = asyncio.ensure_future(self._service.ending.wait())
         try:
             while any(choice.finish is None for choice in self._choices):
-                coming = asyncio.ensure_future(self._items.get())
+                coming = asyncio.ensure_future(self._coming.get())
                 try:
                     await asyncio.wait((coming, ending), return_when=asyncio.FIRST_COMPLETED)
                     if not coming.done():
                         raise unavailable("The server is shutting down.", "shutting_down")
                 finally:
                     coming.cancel()
-                index, item = coming.result()
-                if isinstance(item, BaseException):
-                    if isinstance(item, UserError):
-                        raise from_user_error(item)
-                    logger.error("the engine failed", exc_info=item)
-                    raise ApiError(500, "The engine failed; the server's log says why.", "engine_failed")
+                index, event = coming.result()
                 choice = self._choices[index]
-                self._note(choice, item)
-                yield choice, index, item
+                if choice.finish is not None:
+                    continue  # the guard ended it, and the worker had not heard of that yet
+                if event.error is not None:
+                    raise _failed(event.error)
+                if event.finish_reason == "cancelled":
+                    raise unavailable("The server is shutting down.", "shutting_down")
+                yield choice, index, await self._noted(choice, event)
         finally:
             ending.cancel()
 
-    def _note(self, choice: Choice, piece: Piece) -> None:
-        choice.text += piece.text
-        choice.ids += piece.ids
-        choice.tokens += piece.tokens
-        choice.finish = piece.finish
-        if piece.ids:
+    async def _noted(self, choice: Choice, event: Event) -> Event:
+        """The event as it may be shown, added to its choice."""
+        if event.tokens:
             choice.last_at = time.perf_counter()
             if choice.first_at is None:
                 choice.first_at = choice.last_at
                 self._service.metrics.first_token.labels(self._model.name).observe(choice.first_at - self._began)
+        guard = self._service.guard
+        if guard is not None:
+            choice.guarded = choice.guarded or guard.answer()
+            event = await asyncio.get_running_loop().run_in_executor(
+                self._service.pool, guard.passed, choice.guarded, event)
+            if choice.guarded.blocked and choice.request is not None:
+                self._service.worker.cancel(choice.request)
+        choice.text += event.text
+        choice.ids += event.tokens
+        choice.logprobs += event.logprobs
+        choice.finish = event.finish_reason
+        return event
 
-    async def _events(self) -> AsyncIterator[bytes]:
+    async def _lines(self) -> AsyncIterator[bytes]:
         for index in range(len(self._choices)):
             if (opening := self._form.opening(index)) is not None:
                 yield _event(opening)
-        async for choice, index, piece in self._pieces():
-            for chunk in self._form.chunks(index, choice, piece):
+        async for choice, index, event in self._events():
+            for chunk in self._form.chunks(index, choice, event):
                 yield _event(chunk)
         if self._form.with_usage:
             yield _event(self._form.usage_chunk(self._choices))
@@ -183,6 +196,12 @@ class Answer(Response):
             metrics.inter_token.labels(self._model.name).observe((choice.last_at - choice.first_at) / (written - 1))
         metrics.answer(Told(self._model.name, self._key, choice.job.ids, choice.ids, choice.text[:200],
                             choice.finish or "cancelled"))
+
+
+def _failed(error: Exception) -> ApiError:
+    if isinstance(error, UserError):
+        return from_user_error(error)
+    return ApiError(500, "The model failed; the server's log says why.", "engine_failed")
 
 
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),

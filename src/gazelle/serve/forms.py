@@ -4,7 +4,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gazelle.serve.engine import Piece, Token
+from gazelle.generate.request import Event
+from gazelle.generate.sample import Logprob
+from gazelle.serve.guarding import Guard, check_tellable
 from gazelle.serve.prompts import (
     Job, ServedModel, chat_ids, chat_messages, completion_ids, prompt_count, sampling_of,
 )
@@ -35,27 +37,32 @@ class Form(ABC):
         self.with_usage = request.with_usage
 
     @abstractmethod
-    def jobs(self, model: ServedModel, settings: Settings) -> list[Job]:
-        """The answers to be written. Takes its time; raises `ApiError` and `UserError`."""
+    def jobs(self, model: ServedModel, settings: Settings, guard: Guard | None) -> list[Job]:
+        """The answers to be written, once the guard has seen the question. Takes its time.
+
+        Raises:
+            ApiError: the request cannot be answered.
+            UserError: the same, found below.
+        """
 
     @abstractmethod
     def opening(self, index: int) -> dict[str, Any] | None:
-        """What a stream says of a choice before its first piece."""
+        """What a stream says of a choice before its first token."""
 
     @abstractmethod
     def choice(self, index: int, choice: "Choice") -> dict[str, Any]:
         """A whole answer."""
 
     @abstractmethod
-    def delta(self, index: int, choice: "Choice", piece: Piece | None) -> dict[str, Any]:
-        """A piece of one; None for the end, which is said alone."""
+    def delta(self, index: int, choice: "Choice", event: Event | None) -> dict[str, Any]:
+        """What an event adds to one; None for the end, which is said alone."""
 
-    def chunks(self, index: int, choice: "Choice", piece: Piece) -> Iterable[dict[str, Any]]:
-        """What a stream says when a piece comes."""
-        if piece.text or piece.tokens:
-            yield self._chunk([self.delta(index, choice, piece) | {"finish_reason": None}])
-        if piece.finish:
-            yield self._chunk([self.delta(index, choice, None) | {"finish_reason": piece.finish}])
+    def chunks(self, index: int, choice: "Choice", event: Event) -> Iterable[dict[str, Any]]:
+        """What a stream says at an event."""
+        if event.text or event.logprobs:
+            yield self._chunk([self.delta(index, choice, event) | {"finish_reason": None}])
+        if event.finish_reason:
+            yield self._chunk([self.delta(index, choice, None) | {"finish_reason": event.finish_reason}])
 
     def whole(self, choices: Sequence["Choice"]) -> dict[str, Any]:
         """The answer of a request without a stream."""
@@ -94,8 +101,9 @@ class ChatForm(Form):
     prefix, object, chunk_object = "chatcmpl", "chat.completion", "chat.completion.chunk"
     _request: ChatRequest
 
-    def jobs(self, model: ServedModel, settings: Settings) -> list[Job]:
-        ids = chat_ids(chat_messages(self._request, model, settings), model)
+    def jobs(self, model: ServedModel, settings: Settings, guard: Guard | None) -> list[Job]:
+        check_tellable(guard, self._request.logprobs)
+        ids = chat_ids(chat_messages(self._request, model, settings, guard), model)
         return [Job(ids, sampling_of(self._request, len(ids), number, model, settings))
                 for number in range(self._request.n or 1)]
 
@@ -105,17 +113,17 @@ class ChatForm(Form):
 
     def choice(self, index: int, choice: "Choice") -> dict[str, Any]:
         return {"index": index, "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                "logprobs": self._logprobs(choice.tokens)}
+                "logprobs": self._logprobs(choice.logprobs)}
 
-    def delta(self, index: int, choice: "Choice", piece: Piece | None) -> dict[str, Any]:
-        said = {"content": piece.text} if piece else {}
-        return {"index": index, "delta": said, "logprobs": self._logprobs(piece.tokens) if piece else None}
+    def delta(self, index: int, choice: "Choice", event: Event | None) -> dict[str, Any]:
+        said = {"content": event.text} if event else {}
+        return {"index": index, "delta": said, "logprobs": self._logprobs(event.logprobs) if event else None}
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[Logprob]) -> dict[str, Any] | None:
         if not self._request.logprobs:
             return None
         told = self._request.top_logprobs or 0
-        return {"content": [self._logprob(token.id, token.logprob)
+        return {"content": [self._logprob(token.token, token.logprob)
                             | {"top_logprobs": [self._logprob(*one) for one in token.top[:told]]} for token in tokens],
                 "refusal": None}
 
@@ -126,26 +134,27 @@ class CompletionForm(Form):
     prefix, object, chunk_object = "cmpl", "text_completion", "text_completion"
     _request: CompletionRequest
 
-    def jobs(self, model: ServedModel, settings: Settings) -> list[Job]:
+    def jobs(self, model: ServedModel, settings: Settings, guard: Guard | None) -> list[Job]:
+        check_tellable(guard, self._request.logprobs)
         return [Job(ids, sampling_of(self._request, len(ids), number, model, settings))
-                for ids in completion_ids(self._request, model) for number in range(self._request.n or 1)]
+                for ids in completion_ids(self._request, model, guard) for number in range(self._request.n or 1)]
 
     def opening(self, index: int) -> None:
         return None
 
     def choice(self, index: int, choice: "Choice") -> dict[str, Any]:
-        return {"index": index, "text": choice.text, "logprobs": self._logprobs(choice.tokens, 0)}
+        return {"index": index, "text": choice.text, "logprobs": self._logprobs(choice.logprobs, 0)}
 
-    def delta(self, index: int, choice: "Choice", piece: Piece | None) -> dict[str, Any]:
-        offset = len(choice.text) - len(piece.text) if piece else 0
-        return {"index": index, "text": piece.text if piece else "",
-                "logprobs": self._logprobs(piece.tokens, offset) if piece else None}
+    def delta(self, index: int, choice: "Choice", event: Event | None) -> dict[str, Any]:
+        offset = len(choice.text) - len(event.text) if event else 0
+        return {"index": index, "text": event.text if event else "",
+                "logprobs": self._logprobs(event.logprobs, offset) if event else None}
 
-    def _logprobs(self, tokens: Sequence[Token], offset: int) -> dict[str, Any] | None:
+    def _logprobs(self, tokens: Sequence[Logprob], offset: int) -> dict[str, Any] | None:
         told = self._request.logprobs
         if told is None:
             return None
-        texts = [self._token(token.id) for token in tokens]
+        texts = [self._token(token.token) for token in tokens]
         offsets = [offset + sum(map(len, texts[:at])) for at in range(len(texts))]
         return {"tokens": texts, "token_logprobs": [token.logprob for token in tokens],
                 "top_logprobs": [{self._token(one): logprob for one, logprob in token.top[:told]} for token in tokens]

@@ -10,6 +10,7 @@ import jinja2
 from gazelle.data.profile import Drift
 from gazelle.generate.options import Sampling
 from gazelle.serve.errors import ApiError, refused
+from gazelle.serve.guarding import Guard
 from gazelle.serve.schema import ChatRequest, CompletionRequest, Message, ResponseFormat
 from gazelle.serve.settings import Settings
 
@@ -19,7 +20,7 @@ class ServedModel:
     """One name that requests may ask for.
 
     Attributes:
-        adapter: its name in the engine, or None for the base model.
+        adapter: what the worker calls it.
         tokenizer: with the chat template that its training used.
         context: tokens of prompt and answer together.
         drift: against its training data, where a profile of that is known.
@@ -48,12 +49,13 @@ class Job:
     sampling: Sampling
 
 
-def chat_messages(request: ChatRequest, model: ServedModel, settings: Settings) -> list[dict[str, Any]]:
-    """The conversation as a chat template takes it.
+def chat_messages(request: ChatRequest, model: ServedModel, settings: Settings,
+                  guard: Guard | None = None) -> list[dict[str, Any]]:
+    """The conversation as a chat template takes it, with what the guard masks masked.
 
     Raises:
         ApiError: a role or kind of content that is not served, or text with the model's control tokens in it, which
-            would end the message and begin another in somebody else's name.
+            would end the message and begin another in somebody else's name; or text that the guard blocks.
     """
     if len(request.messages) > settings.limits.messages:
         raise refused(f"The conversation has {len(request.messages)} messages; at most {settings.limits.messages}.",
@@ -69,6 +71,8 @@ def chat_messages(request: ChatRequest, model: ServedModel, settings: Settings) 
         if found := next((token for token in model.control if token in text), None):
             raise refused(f"The text holds {found!r}, with which the model tells messages apart; take it out.",
                           f"{where}.content", "control_token")
+        if guard is not None:
+            text = guard.asked(text, f"{where}.content")
         messages.append({"role": "system" if message.role == "developer" else message.role, "content": text})
     return messages
 
@@ -96,11 +100,11 @@ def prompt_count(request: ChatRequest | CompletionRequest) -> int:
     return prompts * (request.n or 1)
 
 
-def completion_ids(request: CompletionRequest, model: ServedModel) -> list[list[int]]:
+def completion_ids(request: CompletionRequest, model: ServedModel, guard: Guard | None = None) -> list[list[int]]:
     """The ids of each prompt of a completion.
 
     Raises:
-        ApiError: an empty prompt, or an id that is no token.
+        ApiError: an empty prompt, an id that is no token, or text that the guard blocks.
     """
     prompt = request.prompt
     many: Sequence[Any] = [prompt]
@@ -109,17 +113,24 @@ def completion_ids(request: CompletionRequest, model: ServedModel) -> list[list[
     rows = []
     for one in many:
         if isinstance(one, str):
-            ids = list(model.tokenizer(one)["input_ids"])
-            bos = model.tokenizer.bos_token_id
-            ids = ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids  # a rendered prompt brings its own
+            ids = _text_ids(one if guard is None else guard.asked(one, "prompt"), model)
         else:
             ids = list(one)
             if any(not 0 <= token < len(model.tokenizer) for token in ids):
                 raise refused("A token id is not in the vocabulary.", "prompt")
+            text = model.tokenizer.decode(ids) if guard is not None else ""
+            if guard is not None and (masked := guard.asked(text, "prompt")) != text:
+                ids = _text_ids(masked, model)
         if not ids:
             raise refused("A prompt is empty.", "prompt")
         rows.append(ids)
     return rows
+
+
+def _text_ids(text: str, model: ServedModel) -> list[int]:
+    ids = list(model.tokenizer(text)["input_ids"])
+    bos = model.tokenizer.bos_token_id
+    return ids[1:] if bos is not None and ids[:2] == [bos, bos] else ids  # a rendered prompt brings its own
 
 
 def sampling_of(request: ChatRequest | CompletionRequest, prompt: int, choice: int, model: ServedModel,
@@ -130,15 +141,15 @@ def sampling_of(request: ChatRequest | CompletionRequest, prompt: int, choice: i
         ApiError: an option beyond the server's limits.
     """
     limits = settings.limits
-    asked, logprobs = request.max_tokens, 0
+    asked, logprobs = request.max_tokens, None
     if isinstance(request, ChatRequest):
         asked = request.max_completion_tokens or asked
         if request.top_logprobs and not request.logprobs:
             raise refused("top_logprobs needs logprobs: true.", "top_logprobs")
-        logprobs = max(1, request.top_logprobs or 0) if request.logprobs else 0
-    elif request.logprobs is not None:
-        logprobs = max(1, request.logprobs)
-    if logprobs > limits.top_logprobs:
+        logprobs = request.top_logprobs or 0 if request.logprobs else None
+    else:
+        logprobs = request.logprobs
+    if (logprobs or 0) > limits.top_logprobs:
         raise refused(f"At most {limits.top_logprobs} likeliest tokens are told.", "logprobs")
     if len(request.stops) > limits.stops:
         raise refused(f"At most {limits.stops} stop strings.", "stop")
@@ -158,8 +169,9 @@ def sampling_of(request: ChatRequest | CompletionRequest, prompt: int, choice: i
     seed = None if request.seed is None else (request.seed + choice) % 2**63
     schema = _schema(request.response_format, settings) if isinstance(request, ChatRequest) else None
     return Sampling(max_new_tokens=asked or most, temperature=temperature, top_p=request.top_p or 1.0,
-                    top_k=request.top_k or 0, repetition_penalty=request.repetition_penalty or 1.0, seed=seed,
-                    stop=request.stops, schema=schema, logprobs=logprobs)
+                    top_k=request.top_k or 0, repetition_penalty=request.repetition_penalty or 1.0,
+                    presence_penalty=request.presence_penalty or 0.0,
+                    frequency_penalty=request.frequency_penalty or 0.0, seed=seed, stop=request.stops, schema=schema, logprobs=logprobs)
 
 
 def _text(message: Message, where: str) -> str:

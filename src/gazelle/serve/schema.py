@@ -70,13 +70,13 @@ class _Request(_Body):
     temperature: Annotated[float | None, Field(ge=0, le=2)] = None
     top_p: Annotated[float | None, Field(gt=0, le=1)] = None
     top_k: Annotated[int | None, Field(ge=0, le=1 << 20, description="Not OpenAI's; 0 for all tokens.")] = None
-    repetition_penalty: Annotated[float | None, Field(gt=0, le=10, description="Not OpenAI's.")] = None
+    repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10, description="Not OpenAI's.")] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: str | list[str] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
+    frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
+    presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     logit_bias: dict[str, float] | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
@@ -87,7 +87,7 @@ class _Request(_Body):
 
     def _unserved(self) -> dict[str, Any]:
         """Fields that would change the answer and are not served, with the values that ask for nothing."""
-        return {"frequency_penalty": (None, 0), "presence_penalty": (None, 0), "logit_bias": (None, {})}
+        return {"logit_bias": (None, {})}
 
     def check_served(self) -> None:
         """Raise `ApiError` for a field that is not served."""

@@ -1,4 +1,4 @@
-"""What one server holds: its models and engine, the places that are taken, and the answers that feedback may name."""
+"""What one server holds: its models and worker, the places that are taken, and the answers that feedback may name."""
 
 import asyncio
 import itertools
@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from gazelle.base.errors import nearest
-from gazelle.serve.engine import Engine
+from gazelle.generate.worker import Worker
 from gazelle.serve.errors import ApiError, busy, unavailable
+from gazelle.serve.guarding import Guard
 from gazelle.serve.metrics import ServerMetrics
 from gazelle.serve.prompts import ServedModel
 from gazelle.serve.settings import Settings
@@ -20,18 +21,20 @@ _REMEMBERED = 10_000  # answers that feedback may name
 
 
 class Service:
-    """State shared by the requests of a server. Everything but the engine is touched by the event loop alone.
+    """State shared by the requests of a server. Everything but the worker is touched by the event loop alone.
 
     Args:
         models: by name.
-        engine: writes the answers.
+        worker: writes the answers; it has been started.
         settings: see there.
         metrics: what is counted.
+        guard: checks what is asked and answered.
     """
 
-    def __init__(self, models: Mapping[str, ServedModel], engine: Engine, settings: Settings,
-                 metrics: ServerMetrics) -> None:
-        self.models, self.engine, self.settings, self.metrics = dict(models), engine, settings, metrics
+    def __init__(self, models: Mapping[str, ServedModel], worker: Worker, settings: Settings,
+                 metrics: ServerMetrics, guard: Guard | None = None) -> None:
+        self.models, self.worker, self.settings, self.metrics = dict(models), worker, settings, metrics
+        self.guard = guard
         self.draining = False
         self.pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="prepare")
         self.ending = asyncio.Event()  # set when answers in progress have to break off
@@ -43,7 +46,7 @@ class Service:
     @property
     def status(self) -> str:
         """"ok", "draining" or "failed"."""
-        return "failed" if self.engine.failure is not None else "draining" if self.draining else "ok"
+        return "failed" if not (self.worker.alive or self.draining) else "draining" if self.draining else "ok"
 
     def model(self, name: str) -> ServedModel:
         """The model of a name; names are looked up in a table and nowhere else.
@@ -66,8 +69,8 @@ class Service:
         if places > limits.choices:
             raise ApiError(400, f"A request has at most {limits.choices} answers, prompts times n.", "invalid_value",
                            param="n")
-        if self.engine.failure is not None:
-            raise unavailable("The engine has failed; the server's log says why.", "engine_failed")
+        if not self.worker.alive:
+            raise unavailable("The worker has failed; the server's log says why.", "engine_failed")
         if self.draining:
             raise unavailable("The server is shutting down.", "shutting_down")
         if self._taken + places > limits.running + limits.queue:
@@ -108,7 +111,7 @@ class Service:
 
     def close(self) -> None:
         """Stop the threads."""
-        self.engine.stop()
+        self.worker.stop()
         self.pool.shutdown(wait=True, cancel_futures=True)
 
 
