@@ -201,7 +201,7 @@ class Answer(Response):
 def _failed(error: Exception) -> ApiError:
     if isinstance(error, UserError):
         return from_user_error(error)
-    return ApiError(500, "The model failed; the server's log says why.", "engine_failed")
+    return ApiError(500, "The model failed; the server's log says why.", "worker_failed")
 
 
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),

@@ -36,7 +36,7 @@ def create_app(service: Service, keys: Keys | None = None) -> Gate:
     """The ASGI application of a server.
 
     Args:
-        service: its models and engine.
+        service: its models and worker.
         keys: None asks for none.
     """
     @contextlib.asynccontextmanager

@@ -1,4 +1,4 @@
-"""The guard between the server and its engine: what is asked passes it whole, what is answered piece by piece."""
+"""The guard between the server and the model: what is asked passes it whole, what is answered piece by piece."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any

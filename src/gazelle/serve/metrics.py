@@ -56,7 +56,7 @@ class ServerMetrics:
     Args:
         models: names that requests may ask for.
         keys: names of API keys.
-        load: how busy the engine is.
+        load: how busy the worker is.
         drifts: by model, where a profile of the training data is known.
     """
 

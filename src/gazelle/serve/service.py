@@ -70,7 +70,7 @@ class Service:
             raise ApiError(400, f"A request has at most {limits.choices} answers, prompts times n.", "invalid_value",
                            param="n")
         if not self.worker.alive:
-            raise unavailable("The worker has failed; the server's log says why.", "engine_failed")
+            raise unavailable("The worker has failed; the server's log says why.", "worker_failed")
         if self.draining:
             raise unavailable("The server is shutting down.", "shutting_down")
         if self._taken + places > limits.running + limits.queue:
