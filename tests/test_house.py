@@ -16,6 +16,7 @@ FLOORS = [
     ["engine"],
     ["adapters", "data", "guard"],
     ["models"],
+    ["generate"],
     ["train", "rl", "compress", "export", "evaluate", "serve"],
     ["facade"],
     ["cli", "studio"],
@@ -24,7 +25,7 @@ FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
 ALLOWED = {
     "triton": {"kernels"},
-    "transformers": {"models", "data", "guard", "train", "rl", "export", "evaluate", "serve"},
+    "transformers": {"models", "data", "generate", "guard", "train", "rl", "export", "evaluate", "serve"},
     "bitsandbytes": {"quantize", "cli", "train"},
     "compressed_tensors": {"export"},
     "peft": {"adapters", "models", "export"},

@@ -92,14 +92,14 @@ def test_a_tokenizer_without_padding(loaded):
 def test_a_rendered_prompt_begins_once(loaded):
     from tokenizers.processors import TemplateProcessing
 
-    from gazelle.models.generate import _encode
+    from gazelle.models.generate import encode_prompt
 
     tokenizer = loaded[1]
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=f"{tokenizer.bos_token} $A", special_tokens=[(tokenizer.bos_token, tokenizer.bos_token_id)])
-    plain = _encode(tokenizer, "hello")
+    plain = encode_prompt(tokenizer, "hello")
     assert plain[0] == tokenizer.bos_token_id
-    assert _encode(tokenizer, tokenizer.bos_token + "hello") == plain
+    assert encode_prompt(tokenizer, tokenizer.bos_token + "hello") == plain
 
 
 def test_stops_are_added_where_the_template_ends_a_turn(checkpoint: Path) -> None:

@@ -38,8 +38,12 @@ class Factors:
         return self.b.shape[1]
 
 
-def lora_factors(model: Any) -> list[Factors]:
+def lora_factors(model: Any, adapter: str | None = None) -> list[Factors]:
     """The factors of the adapters that are active, layer by layer; several on one layer are joined, side by side.
+
+    Args:
+        model: with adapters of PEFT's.
+        adapter: the one to read instead, active or not.
 
     Raises:
         OptionError: the model has no adapter, or it is switched off.
@@ -48,11 +52,13 @@ def lora_factors(model: Any) -> list[Factors]:
     if not hasattr(model, "peft_config"):
         raise OptionError("the model has no adapter to export", where=type(model).__name__, found="a model alone",
                           expected="a model with a LoRA adapter", fix="export the model itself")
-    for name in model.active_adapters if isinstance(model.active_adapters, list) else [model.active_adapter]:
+    active = model.active_adapters if isinstance(model.active_adapters, list) else [model.active_adapter]
+    for name in active if adapter is None else [adapter]:
         if getattr(model.peft_config[name], "bias", "none") != "none":
             raise _more("biases trained with the adapter", f"adapter {name!r}")
     with torch.no_grad():
-        found = [factors for path, module in _outermost(unwrap(model), "") for factors in _factors(module, path)]
+        found = [factors for path, module in _outermost(unwrap(model), "")
+                 for factors in _factors(module, path, adapter)]
     if not found:
         raise OptionError("the model has no adapter to export", where="model", found="no layer with an active adapter",
                           expected="an adapter that is switched on", fix="model.set_adapter(name) or enable it again")
@@ -69,21 +75,30 @@ def _outermost(module: nn.Module, path: str) -> Iterator[tuple[str, Any]]:
             yield from _outermost(child, inner)
 
 
-def _factors(layer: Any, path: str) -> Iterator[Factors]:
+def is_adapted(module: Any) -> bool:
+    """Whether PEFT has put LoRA on a layer."""
+    from peft.tuners.lora import LoraLayer
+
+    return isinstance(module, LoraLayer)
+
+
+def _factors(layer: Any, path: str, adapter: str | None) -> Iterator[Factors]:
     from peft.tuners.lora import LoraLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     if isinstance(layer, AuxiliaryTrainingWrapper):
-        if layer.active_adapters and not layer.disable_adapters:
+        taken = layer.active_adapters and not layer.disable_adapters if adapter is None else adapter in layer._adapters
+        if taken:
             raise _more("a module trained in full, or tokens of its own", path)
         return
     if not isinstance(layer, LoraLayer):
         raise _more(f"an adapter of the kind {type(layer).__name__}", path)
-    names = [name for name in layer.active_adapters if name in layer.lora_A or name in layer.lora_embedding_A]
+    asked = layer.active_adapters if adapter is None else [adapter]
+    names = [name for name in asked if name in layer.lora_A or name in layer.lora_embedding_A]
     if layer.merged:
         raise ModelError("the adapter has been merged into its base", where=path, found="merged weights",
                          expected="an adapter beside its base", fix="call model.unmerge_adapter() first")
-    if layer.disable_adapters or not names:
+    if (layer.disable_adapters and adapter is None) or not names:
         return
     if any(name in layer.lora_variant for name in names):
         raise _more("DoRA or another variant of LoRA", path)

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError
 
 if TYPE_CHECKING:
@@ -10,17 +11,20 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-def put_adapter(model: "nn.Module", folder: Path, *, is_trainable: bool) -> "PeftModel":
-    """The adapter in `folder` on top of `model`.
+def put_adapter(model: "nn.Module", folder: Path, *, is_trainable: bool, name: str = "default") -> "PeftModel":
+    """The adapter in `folder` on top of `model`, which may have others, under `name`.
 
     Raises:
         ModelError: the adapter was made for a model with other layers or sizes, or PEFT cannot read it.
     """
     import peft
 
-    _check_fit(model, folder / "adapter_model.safetensors")
+    _check_fit(unwrap(model), folder / "adapter_model.safetensors")
     try:
-        return peft.PeftModel.from_pretrained(model, str(folder), is_trainable=is_trainable)
+        if isinstance(model, peft.PeftModel):
+            model.load_adapter(str(folder), name, is_trainable=is_trainable)
+            return model
+        return peft.PeftModel.from_pretrained(model, str(folder), name, is_trainable=is_trainable)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         raise ModelError("the adapter cannot be loaded", where=str(folder), found=str(error),
                          expected="an adapter saved by PEFT for this model", fix="check that it belongs to this model"

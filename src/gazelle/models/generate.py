@@ -38,9 +38,9 @@ def generate_texts(model: Any, tokenizer: "PreTrainedTokenizerBase", conversatio
     from transformers import GenerationConfig
 
     _check(max_new_tokens, batch_size, temperature)
-    prompts = [_encode(tokenizer, item) for item in conversations_or_prompts]
+    prompts = [encode_prompt(tokenizer, item) for item in conversations_or_prompts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    stops = _stops(model, tokenizer)
+    stops = end_tokens(model, tokenizer)
     # Padding is masked; any token will do where the tokenizer has none for it.
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops or [0])[0]
     config = GenerationConfig(
@@ -78,13 +78,13 @@ def stream_text(model: Any, tokenizer: "PreTrainedTokenizerBase", messages: Mess
     if not 0 < top_p <= 1:
         raise OptionError("a value out of range", where="top_p", found=top_p, expected="above 0 and at most 1",
                           fix="change top_p")
-    ids = torch.tensor([_encode(tokenizer, messages)], device=model.device)
+    ids = torch.tensor([encode_prompt(tokenizer, messages)], device=model.device)
     return _stream(model, tokenizer, ids, max_new_tokens, temperature, top_p)
 
 
 def _stream(model: Any, tokenizer: "PreTrainedTokenizerBase", ids: torch.Tensor, max_new_tokens: int,
             temperature: float, top_p: float) -> Iterator[str]:
-    stops = set(_stops(model, tokenizer))
+    stops = set(end_tokens(model, tokenizer))
     answer: list[int] = []
     said, cache = "", None
     for _ in range(max_new_tokens):
@@ -113,7 +113,12 @@ def _choose(logits: torch.Tensor, temperature: float, top_p: float) -> int:
     return int(tokens[torch.multinomial(chances, 1)])
 
 
-def _encode(tokenizer: "PreTrainedTokenizerBase", item: Messages | str) -> list[int]:
+def encode_prompt(tokenizer: "PreTrainedTokenizerBase", item: Messages | str) -> list[int]:
+    """Ids of a plain text, or of messages to which the chat template adds the assistant's turn.
+
+    Raises:
+        OptionError: messages for a tokenizer without a chat template.
+    """
     if isinstance(item, str):
         ids: list[int] = tokenizer(item)["input_ids"]
         # A prompt rendered with the chat template brings its first token along; once is enough.
@@ -134,7 +139,8 @@ def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> tuple[to
     return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
-def _stops(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def end_tokens(model: Any, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+    """The tokens that end an answer."""
     own = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     return list(dict.fromkeys([*stop_ids(model.generation_config), *own]))
 

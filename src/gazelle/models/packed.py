@@ -106,31 +106,53 @@ def packed_attention_on(model: "nn.Module") -> Iterator[None]:
 @contextlib.contextmanager
 def _swapped(inner: "PreTrainedModel") -> Iterator[None]:
     _register()
-    # set_attn_implementation also rewrites the configs of parts, so each is put back by itself.
-    configs = {id(config): config for config in _configs(inner)}
-    earlier = {key: config._attn_implementation_internal for key, config in configs.items()}
-
-    def put(implementations: dict[int, Any]) -> None:
-        for key, config in configs.items():
-            config._attn_implementation_internal = implementations[key]
+    attention = Attention(inner, _NAME)
 
     def before(_module: "nn.Module", _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if kwargs.get("cu_seq_lens_q") is None:
-            put(earlier)
+            attention.put_back()
         elif kwargs.get("attention_mask") is not None:
             raise RuntimeError("packed rows have no padding: leave attention_mask out while packed attention is on")
 
     # Between calls the packed one is on: checkpointed layers run once more in the backward pass.
     hooks = [inner.register_forward_pre_hook(before, with_kwargs=True)]
     try:
-        inner.set_attn_implementation(_NAME)
-        packed = {key: config._attn_implementation_internal for key, config in configs.items()}
-        hooks.append(inner.register_forward_hook(lambda *_: put(packed), always_call=True))
+        attention.put()
+        hooks.append(inner.register_forward_hook(lambda *_: attention.put(), always_call=True))
         yield
     finally:
         for hook in hooks:
             hook.remove()
-        put(earlier)
+        attention.put_back()
+
+
+class Attention:
+    """An attention function, known to transformers by `name`, that a model can be put on and taken off again."""
+
+    def __init__(self, inner: "PreTrainedModel", name: str) -> None:
+        # set_attn_implementation also rewrites the configs of parts, so each is put back by itself.
+        self._configs = {id(config): config for config in _configs(inner)}
+        self._earlier = self._now()
+        try:
+            inner.set_attn_implementation(name)
+            self._ours = self._now()
+        finally:
+            self.put_back()
+
+    def put(self) -> None:
+        """From now on the model attends by this function."""
+        self._set(self._ours)
+
+    def put_back(self) -> None:
+        """From now on it attends as it did before."""
+        self._set(self._earlier)
+
+    def _now(self) -> dict[int, Any]:
+        return {key: config._attn_implementation_internal for key, config in self._configs.items()}
+
+    def _set(self, implementations: dict[int, Any]) -> None:
+        for key, config in self._configs.items():
+            config._attn_implementation_internal = implementations[key]
 
 
 def _configs(model: "PreTrainedModel") -> Iterator[Any]:
