@@ -13,17 +13,14 @@ from typing import Any
 import httpx
 import pytest
 import torch
-import uvicorn
 from peft import LoraConfig, PeftModel, get_peft_model
 from tests.data.conftest import small_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from gazelle.data.templates import TEMPLATES, get_template
-from gazelle.serve.app import create_app
-from gazelle.serve.connections import protocol_class
 from gazelle.serve.keys import Keys
 from gazelle.serve.loading import load_service
-from gazelle.serve.server import Server, listen
+from gazelle.serve.server import Server, listen, make_server
 from gazelle.serve.service import Service
 from gazelle.serve.settings import Limits, Settings
 
@@ -93,7 +90,7 @@ class Running:
 
     url: str
     service: Service
-    server: uvicorn.Server
+    server: Server
 
     def metrics(self) -> str:
         return httpx.get(f"{self.url}/metrics").text
@@ -112,10 +109,7 @@ def start(folder: Path) -> Iterator[Callable[..., Running]]:
                                keys=keys.names if keys else ())
         bound = listen(settings)
         ready = threading.Event()
-        config = uvicorn.Config(create_app(service, keys), http=protocol_class(settings.limits), ws="none",
-                                lifespan="on", log_config=None, access_log=False, proxy_headers=False,
-                                timeout_graceful_shutdown=2)
-        server = Server(config, service, ready.set)
+        server = make_server(service, keys, ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
         assert ready.wait(20)
@@ -141,7 +135,7 @@ class Process:
 
     def __init__(self, *arguments: str) -> None:
         self.process = subprocess.Popen([sys.executable, "-m", "gazelle", "serve", *arguments, "--port", "0"],
-                                        stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+                                        stderr=subprocess.PIPE, text=True)
         self.lines: list[str] = []
         self.url = ""
         assert self.process.stderr is not None
@@ -161,6 +155,8 @@ class Process:
         finally:
             self.process.kill()
             self._reader.join(5)
+            self.process.stderr.close()  # type: ignore[union-attr]
+            self.process.wait()
 
 
 def eventually(check: Callable[[], bool], seconds: float = 10) -> None:

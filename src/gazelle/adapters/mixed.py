@@ -218,7 +218,7 @@ def _read(model: Any, folder: Path) -> list[Factors]:
     finally:
         if adapted is not None:
             adapted.unload()
-            del model.peft_config  # PEFT leaves it behind
+            vars(model).pop("peft_config", None)  # PEFT leaves it behind, most times
         _put_back(model, learnt)
 
 

@@ -22,7 +22,7 @@ def serve_command(
         require(package)
     from gazelle.serve.keys import read_keys
     from gazelle.serve.loading import load_guard, load_service
-    from gazelle.serve.server import listen, serve
+    from gazelle.serve.server import listen, make_server
     from gazelle.serve.settings import Limits, Settings, check_exposed
 
     limits = Limits(running=max_running, queue=max_queue, body_bytes=parse_bytes(max_body, "--max-body"),
@@ -47,7 +47,7 @@ def serve_command(
         logger.info("For a fleet of machines: gazelle serve %s --fleet", model)
 
     try:
-        serve(service, bound, keys, ready)
+        make_server(service, keys, ready).run(sockets=[bound])
     finally:
         service.close()
 

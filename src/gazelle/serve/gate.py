@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -18,6 +19,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = "/health"
+_HEADERS = 1 << 15  # bytes
+_HOST = re.compile(r"(\[[0-9a-f:.]*\]|[^:\[\]]*)(?::\d*)?")
 ANONYMOUS = "anonymous"
 
 
@@ -53,6 +56,9 @@ class Gate:
             await send(message)
 
         try:
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > _HEADERS:
+                raise ApiError(431, f"The headers are larger than {_HEADERS:,} bytes.", "headers_too_large",
+                               headers={"connection": "close"})
             self._check_host(scope)
             state["key"] = self._name_of_key(scope)
             await self._app(scope, await self._body(scope, receive), counted)
@@ -75,9 +81,8 @@ class Gate:
         allowed = self._settings.hosts
         if not allowed:
             return
-        host = _one_header(scope, b"host").lower()
-        name = host[: host.index("]") + 1] if host.startswith("[") and "]" in host else host.partition(":")[0]
-        if name not in allowed:
+        named = _HOST.fullmatch(_one_header(scope, b"host").lower())
+        if named is None or named[1] not in allowed:
             raise ApiError(421, "The server is not known by that name; it is in Host.", "host_not_allowed",
                            headers={"connection": "close"})
 

@@ -4,15 +4,27 @@ Fields of the API that change the answer and are not served are known by name, s
 and not left out in silence; fields that change nothing here are taken.
 """
 
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gazelle.serve.errors import refused
 
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+
+def _whole_characters(content: Any) -> Any:
+    """JSON may spell half a surrogate pair, which is no character, and which nothing below could encode."""
+    try:
+        json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("half a surrogate pair is no character") from error
+    except RecursionError as error:
+        raise ValueError("lists or objects lie too deep in one another") from error
+    return content
 
 
 class _Answer(BaseModel):
@@ -64,6 +76,8 @@ class StreamOptions(_Body):
 
 
 class _Request(_Body):
+    _whole = model_validator(mode="before")(_whole_characters)
+
     model: Annotated[str, Field(max_length=256)]
     max_tokens: Annotated[int | None, Field(ge=1)] = None
     n: Annotated[int | None, Field(ge=1, le=128)] = None
@@ -148,6 +162,8 @@ class CompletionRequest(_Request):
 
 class Feedback(_Body):
     """Body of /v1/feedback: what a reader thought of an answer."""
+
+    _whole = model_validator(mode="before")(_whole_characters)
 
     id: Annotated[str, Field(max_length=64, description="Of the answer.")]
     rating: Literal["good", "bad"]

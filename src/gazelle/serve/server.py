@@ -64,13 +64,12 @@ def listen(settings: Settings) -> socket.socket:
     return bound
 
 
-def serve(service: Service, bound: socket.socket, keys: Keys | None = None,
-          ready: Callable[[], None] = lambda: None) -> None:
-    """Serve until a signal ends it. `ready` is called when requests are taken."""
+def make_server(service: Service, keys: Keys | None = None, ready: Callable[[], None] = lambda: None) -> Server:
+    """A server that is yet to run. `ready` is called when it takes requests."""
     limits = service.settings.limits
     config = uvicorn.Config(
         create_app(service, keys), http=protocol_class(limits), ws="none", lifespan="on", log_config=None,
         access_log=False, proxy_headers=False, server_header=False, timeout_keep_alive=5,
         timeout_graceful_shutdown=int(limits.drain_seconds) + 5, h11_max_incomplete_event_size=1 << 15)
     logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
-    Server(config, service, ready).run(sockets=[bound])
+    return Server(config, service, ready)
