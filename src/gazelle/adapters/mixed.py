@@ -66,7 +66,7 @@ class MixedAdapters:
 
     def check(self, name: str | None) -> None:
         """Raises `OptionError` unless tokens may ask for `name`."""
-        if name is not None and name != BASE and name not in self.names or name == BASE and self.by_peft:
+        if (name is not None and name != BASE and name not in self.names) or (name == BASE and self.by_peft):
             raise OptionError("there is no such adapter here", where="adapter", found=name,
                               expected=", ".join(self.names) or "none: this model has no adapters by name",
                               fix="name one of these, or leave adapter out")

@@ -201,6 +201,8 @@ def bind(model: Any) -> Any:
     model.quantize = types.MethodType(_quantize, model)
     model.resize_token_embeddings = types.MethodType(_resize_token_embeddings, model)
     model.gradient_checkpointing_enable = types.MethodType(_gradient_checkpointing_enable, model)
+    model.fast_generate = types.MethodType(_fast_generate, model)
+    model.load_lora = types.MethodType(_load_lora, model)
     model.enable_incremental_tuning = types.MethodType(_enable_incremental_tuning, model)
     return model
 
@@ -245,6 +247,33 @@ def _enable_incremental_tuning(
         memory: an earlier run's folder, to go on from in a new process.
     """
     unwrap(self).gazelle_replay = Replay(memory_size, replay_strategy, regularization, memory)
+
+
+def _fast_generate(self: "PreTrainedModel", prompts: Any, sampling_params: Any = None,
+                   tokenizer: "PreTrainedTokenizerBase | None" = None, **options: Any) -> Any:
+    """Answer many prompts together: `model.fast_generate(prompts, max_new_tokens=64)[0].outputs[0].text`, as in vLLM.
+
+    Args:
+        prompts: texts, conversations or lists of ids, one or a list of them.
+        sampling_params: vLLM's `SamplingParams`, a dict, or a `gazelle.generate.options.Sampling`.
+        tokenizer: left out, the one that the model was loaded with.
+        **options: as in `gazelle.generate.fast.fast_generate`: max_new_tokens, temperature, stop, schema, stream,
+            lora_request and others.
+
+    Returns:
+        One `RequestOutput` for each prompt; with `stream=True` an iterator of pieces.
+    """
+    from gazelle.generate.fast import fast_generate
+
+    return fast_generate(self, loaded_tokenizer(self) if tokenizer is None else tokenizer, prompts, sampling_params,
+                         **options)
+
+
+def _load_lora(self: "PreTrainedModel", path: "str | Path", **options: Any) -> Any:  # noqa: ARG001 — Unsloth's name
+    """An adapter in a folder, for `fast_generate(…, lora_request=…)`; nothing is read yet."""
+    from gazelle.generate.fast import LoraRequest
+
+    return LoraRequest(Path(path).name, str(path))
 
 
 def _save_pretrained(self: "PreTrainedModel", save_directory: str, *args: Any, save_format: str = "safetensors",

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from gazelle.adapters.mixed import MixedAdapters
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import ModelError, OptionError
@@ -19,7 +17,8 @@ from gazelle.generate.paged import PagedCache
 from gazelle.generate.pages import Pages
 from gazelle.generate.request import Event, Request
 from gazelle.generate.room import pages_for
-from gazelle.generate.runner import PagedRunner, PlainRunner, Row, Runner
+from gazelle.generate.rows import Row
+from gazelle.generate.runner import PagedRunner, PlainRunner, Runner
 from gazelle.generate.sample import Chooser, Logprob, choose_all
 from gazelle.generate.text import Pieces
 from gazelle.models.context import context_limit
@@ -46,6 +45,7 @@ class Batcher:
         page_size: tokens of a page.
         step_tokens: tokens of prompts that a step takes, so that running answers need not wait for long ones.
         share_prefixes: whether prompts that begin alike, under the same adapter, share that part of the cache.
+        static: whether steps without a prompt run in fixed shapes, as CUDA graphs need; None for on a GPU.
 
     Raises:
         ModelError: an adapter cannot be used, or there is no memory for one request.
@@ -54,7 +54,7 @@ class Batcher:
     def __init__(self, model: Any, tokenizer: "PreTrainedTokenizerBase", *,
                  adapters: Mapping[str, str | PathLike[str]] | None = None, max_running: int = 16,
                  max_context: int | None = None, cache_tokens: int | None = None, page_size: int = 16,
-                 step_tokens: int = 512, share_prefixes: bool = True) -> None:
+                 step_tokens: int = 512, share_prefixes: bool = True, static: bool | None = None) -> None:
         for name, value in (("max_running", max_running), ("max_context", max_context), ("page_size", page_size),
                             ("cache_tokens", cache_tokens), ("step_tokens", step_tokens)):
             if value is not None and value < 1:
@@ -78,9 +78,11 @@ class Batcher:
         if reason:
             say_once(f"answers are computed one by one, without a paged cache: {reason}")
             self.runner = PlainRunner(model, self.adapters)
-            self._kind = lambda length: None
+            self._kind = lambda _: None
         else:
-            self.runner = PagedRunner(model, self.adapters, PagedCache(count, page_size))
+            on_gpu = inner.get_input_embeddings().weight.device.type == "cuda"
+            self.runner = PagedRunner(model, self.adapters, PagedCache(count, page_size),
+                                      static=on_gpu if static is None else static)
             self._kind = self.runner.rotary
         self._whole = bool(reason) or self._kind(1) != self._kind(1 << 30)  # prompts are computed in one piece
         self._grammars = Grammars(tokenizer, self.vocabulary, tuple(sorted(self.ends)))

@@ -7,10 +7,12 @@ Shapes: T tokens of a step, H heads, G key-value heads, D head size, R rows of a
 B pages a row has at most, P tokens a page, L = B·P.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ class PagedCache:
     into their pages and hands them back unread.
 
     Args:
-        pages: how many.
+        pages: how many. There is one more, `scratch`, for what nobody reads.
         size: P.
     """
 
@@ -32,34 +34,42 @@ class PagedCache:
 
     def __init__(self, pages: int, size: int) -> None:
         self.pages, self.size = pages, size
+        self.scratch = pages
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
         self.slots: Tensor | None = None  # [T]: where each token of the step goes, in tokens from the first page
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keep `key` and `value` [1, G, T, D]."""
         if layer not in self.layers:
-            self.layers[layer] = tuple(  # type: ignore[assignment]
-                torch.zeros(self.pages * self.size, x.shape[1], x.shape[3], dtype=x.dtype, device=x.device)
-                for x in (key, value))
+            self.layers[layer] = self._room(key), self._room(value)
         for store, x in zip(self.layers[layer], (key, value), strict=True):
             store.index_copy_(0, self.slots, x[0].transpose(0, 1))
         return key, value
+
+    def _room(self, x: Tensor) -> Tensor:
+        """Zeros [(pages + 1)·P, G, D]: what a mask hides must be finite, for 0 times NaN is NaN."""
+        shape = (self.pages + 1) * self.size, x.shape[1], x.shape[3]
+        if x.device.type != "cpu":
+            return torch.zeros(shape, dtype=x.dtype, device=x.device)
+        # Memory from numpy is the system's zeros, and taken when it is first written to.
+        room = np.zeros(math.prod(shape) * x.element_size(), dtype=np.uint8)
+        return torch.from_numpy(room).view(x.dtype).view(shape)
 
     def read(self, layer: int, table: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [R, G, L, D] of the pages in `table` [R, B]."""
         R, B = table.shape
         found = []
         for store in self.layers[layer]:
-            pages = store.view(self.pages, -1).index_select(0, table.flatten())
+            pages = store.view(self.pages + 1, -1).index_select(0, table.flatten())
             found.append(pages.view(R, B * self.size, *store.shape[1:]).transpose(1, 2))
         return found[0], found[1]
 
     def clear(self, pages: Sequence[int]) -> None:
-        """Write zeros over pages: what a mask hides must still be finite, for 0 times NaN is NaN."""
+        """Write zeros over pages that may hold NaN."""
         numbers = torch.tensor(pages, dtype=torch.long)
         for stores in self.layers.values():
             for store in stores:
-                store.view(self.pages, -1)[numbers.to(store.device)] = 0
+                store.view(self.pages + 1, -1)[numbers.to(store.device)] = 0
 
     def get_seq_length(self, *_: Any) -> int:
         """Nothing: positions are always given."""
@@ -111,10 +121,9 @@ def register() -> None:
         AttentionInterface.register(NAME, _attend)
 
 
-def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-            scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-            softcap: float | None = None, gazelle_step: Step | None = None, **_: Any) -> tuple[Tensor, None]:
-    """transformers' attention function: query [1, H, T, D] -> [1, T, H, D]."""
+def _attend(module: nn.Module, query: Tensor, *_: Any, scaling: float | None = None, sliding_window: int | None = None,
+            softcap: float | None = None, gazelle_step: Step | None = None, **__: Any) -> tuple[Tensor, None]:
+    """transformers' attention function: query [1, H, T, D] -> [1, T, H, D]. Keys and values are in the cache."""
     if gazelle_step is None:
         raise RuntimeError("attention over pages is on, but the step did not come with the batch")
     T, H = query.shape[2], query.shape[1]

@@ -18,13 +18,20 @@ def pages_for(inner: Any, tokens: int, size: int, *, exact: bool) -> int:
     count = -(-tokens // size)
     if exact:
         return count
-    free = _free(inner.get_input_embeddings().weight.device)
-    room = int(free // 2 // bytes_per_token(inner))
+    room = room_in_tokens(inner)
     if room < min(tokens, 256):
         raise ModelError("there is no memory for a cache of keys and values", where="cache_tokens",
-                         found=f"{megabytes(free)} free", expected=f"{megabytes(bytes_per_token(inner))} a token",
+                         found=f"room for {room} tokens in half of the free memory",
+                         expected=f"{megabytes(bytes_per_token(inner))} a token",
                          fix="free memory, or load the model in fewer bits")
     return max(min(count, room // size), 1)
+
+
+def room_in_tokens(inner: Any) -> int:
+    """Tokens whose keys and values half of the free memory takes."""
+    device = inner.get_input_embeddings().weight.device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(free // 2 // bytes_per_token(inner))
 
 
 def bytes_per_token(inner: Any) -> int:
@@ -36,8 +43,3 @@ def bytes_per_token(inner: Any) -> int:
     element = next(parameter.element_size() for parameter in inner.parameters() if parameter.is_floating_point())
     return 2 * config.num_hidden_layers * groups * width * element
 
-
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return int(psutil.virtual_memory().available)

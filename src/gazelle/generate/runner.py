@@ -4,7 +4,6 @@ Shapes: T tokens of a pass, R rows, V vocabulary.
 """
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,35 +12,11 @@ from torch import Tensor
 from gazelle.adapters.mixed import MixedAdapters
 from gazelle.adapters.unwrap import unwrap
 from gazelle.generate.paged import NAME, Group, PagedCache, Step, pad_tables, register
+from gazelle.generate.rows import Row
+from gazelle.generate.static import StaticDecode
 from gazelle.models.packed import Attention
 
 _FEW = 256  # tokens: rows of fewer attend together, whatever their lengths
-
-
-@dataclass
-class Row:
-    """What a request has computed in a pass.
-
-    Attributes:
-        owner: the request, for runners that keep a cache for each.
-        ids: C tokens.
-        start: where the first of them stands.
-        pages: of the request, enough for all its tokens.
-        adapter: as in `Request`.
-        wanted: whether the logits after its last token are.
-    """
-
-    owner: Hashable
-    ids: Sequence[int]
-    start: int
-    pages: Sequence[int]
-    adapter: str | None
-    wanted: bool
-
-    @property
-    def stop(self) -> int:
-        """Tokens of the request after the pass."""
-        return self.start + len(self.ids)
 
 
 class Runner(Protocol):
@@ -61,18 +36,22 @@ class PagedRunner:
         model: one for which `models.packed.supports_packing` has nothing to say.
         adapters: of the model.
         cache: for the keys and values.
+        static: whether passes of one token a row run in fixed shapes, recorded as CUDA graphs where there is a GPU.
     """
 
-    def __init__(self, model: Any, adapters: MixedAdapters, cache: PagedCache) -> None:
+    def __init__(self, model: Any, adapters: MixedAdapters, cache: PagedCache, *, static: bool) -> None:
         register()
         self.inner = unwrap(model)
         self.adapters, self.cache = adapters, cache
         self.attention = Attention(self.inner, NAME)
         self.device = self.inner.get_input_embeddings().weight.device
         self.rotary = rotary_kind(self.inner)
+        self.static = StaticDecode(self) if static and self.rotary(1) == self.rotary(1 << 30) else None
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row]) -> Tensor:
+        if self.static is not None and all(len(row.ids) == 1 for row in rows):
+            return self.static.run(rows)
         passes: dict[Hashable, list[int]] = {}
         for index, row in enumerate(rows):
             passes.setdefault(self.rotary(row.stop), []).append(index)
@@ -182,4 +161,4 @@ def rotary_kind(inner: Any) -> Callable[[int], Hashable]:
         return lambda length: max(length, original)
     if "longrope" in kinds:
         return lambda length: length > original
-    return lambda length: None
+    return lambda _: None

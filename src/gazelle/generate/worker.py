@@ -119,7 +119,7 @@ class Worker:
         try:
             self.steps += 1
             return self.batcher.step()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 — it is logged, and handed to all that wait for this step
             self.failures += 1
             logger.exception("A step of generation failed; the requests in it end.")
             time.sleep(0.01)  # should every step fail at once, other threads still get to run
@@ -136,6 +136,6 @@ class Worker:
                 continue
             try:
                 deliver(event)
-            except Exception:  # such as an event loop that is closed: nobody listens to this request any more
+            except Exception:  # noqa: BLE001 — the listener's, such as a loop that is closed; the others go on
                 logger.warning("Nobody takes the answer of request %d.", event.request.number, exc_info=True)
                 self.batcher.cancel(event.request)
