@@ -3,8 +3,9 @@
     python -m benchmarks.guard                # prints, and writes benchmarks/results/guard.json
     python -m benchmarks.guard --misses       # prints what is wrong, of the texts that rules may be tuned on
 
-`guard_texts.jsonl` holds texts in which [[kind:...]] marks what is to be found; {{name}} is a credential made up here, so
-that no file holds anything that looks like a live one. The held-out half was written before any rule was tuned.
+`guard_texts.jsonl` holds texts in which [[kind:...]] marks what is to be found; {{name}} is a credential made up here,
+so that no file holds anything that looks like a live one. What is held out was written before it was measured; four
+misses have been mended since (docs/log.md).
 
 A label is found if one finding of its kind covers all of it; a finding is right if it touches a label. Speed is the
 median of five checks of 1 MB, with all detectors and three patterns.
@@ -86,23 +87,39 @@ def _make(rng: random.Random, name: str) -> str:
 
     upper = string.ascii_uppercase
     return {
-        "aws_key": lambda: "AKIA" + some(upper + "234567", 16), "aws_secret": lambda: some(_ALNUM + "+/", 40),
+        "aws_key": lambda: "AKIA" + some(upper + "234567", 16),
+        "aws_secret": lambda: some(_ALNUM + "+/", 40),
         "github_token": lambda: "ghp_" + some(_ALNUM, 36),
         "github_pat": lambda: f"github_pat_{some(_ALNUM, 22)}_{some(_ALNUM, 59)}",
-        "gitlab_token": lambda: "glpat-" + some(_URL_SAFE, 20), "openai_key": lambda: "sk-" + some(_ALNUM, 48),
+        "gitlab_token": lambda: "glpat-" + some(_URL_SAFE, 20),
+        "openai_key": lambda: "sk-" + some(_ALNUM, 48),
         "openai_project_key": lambda: "sk-proj-" + some(_URL_SAFE, 64),
-        "anthropic_key": lambda: "sk-ant-api03-" + some(_URL_SAFE, 93), "huggingface_token": lambda: "hf_" + some(_ALNUM, 34),
+        "anthropic_key": lambda: "sk-ant-api03-" + some(_URL_SAFE, 93),
+        "huggingface_token": lambda: "hf_" + some(_ALNUM, 34),
         "slack_token": lambda: f"xoxb-{some('123456789', 12)}-{some(_ALNUM, 24)}",
         "slack_webhook": lambda: f"hooks.slack.com/services/T{some(upper, 8)}/B{some(upper, 8)}/{some(_ALNUM, 24)}",
-        "stripe_key": lambda: "sk_live_" + some(_ALNUM, 24), "google_key": lambda: "AIza" + some(_URL_SAFE, 35),
-        "npm_token": lambda: "npm_" + some(_ALNUM, 36), "pypi_token": lambda: "pypi-AgEIcHlwaS5vcmc" + some(_URL_SAFE, 70),
+        "stripe_key": lambda: "sk_live_" + some(_ALNUM, 24),
+        "google_key": lambda: "AIza" + some(_URL_SAFE, 35),
+        "npm_token": lambda: "npm_" + some(_ALNUM, 36),
+        "pypi_token": lambda: "pypi-AgEIcHlwaS5vcmc" + some(_URL_SAFE, 70),
         "sendgrid_key": lambda: f"SG.{some(_URL_SAFE, 22)}.{some(_URL_SAFE, 43)}",
         "telegram_token": lambda: f"{some('123456789', 9)}:AA{some(_URL_SAFE, 33)}",
-        "aliyun_key": lambda: "LTAI" + some(_ALNUM, 20), "tencent_key": lambda: "AKID" + some(_ALNUM, 32),
-        "jwt": lambda: f"{token({'alg': 'HS256', 'typ': 'JWT'})}.{token({'sub': some('0123456789', 10)})}.{some(_URL_SAFE, 43)}",
-        "private_key": lambda: "\n".join(["-----BEGIN RSA PRIVATE KEY-----", *(some(_ALNUM + "+/", 64) for _ in range(5)),
-                                          some(_ALNUM, 30) + "==", "-----END RSA PRIVATE KEY-----"]),
-        "hex32": lambda: some(_HEX, 32), "hex40": lambda: some(_HEX, 40), "base40": lambda: some(_ALNUM, 40),
+        "aliyun_key": lambda: "LTAI" + some(_ALNUM, 20),
+        "tencent_key": lambda: "AKID" + some(_ALNUM, 32),
+        "jwt": lambda: (
+            f"{token({'alg': 'HS256', 'typ': 'JWT'})}.{token({'sub': some('0123456789', 10)})}.{some(_URL_SAFE, 43)}"
+        ),
+        "private_key": lambda: "\n".join(
+            [
+                "-----BEGIN RSA PRIVATE KEY-----",
+                *(some(_ALNUM + "+/", 64) for _ in range(5)),
+                some(_ALNUM, 30) + "==",
+                "-----END RSA PRIVATE KEY-----",
+            ]
+        ),
+        "hex32": lambda: some(_HEX, 32),
+        "hex40": lambda: some(_HEX, 40),
+        "base40": lambda: some(_ALNUM, 40),
     }[name]()
 
 
@@ -158,14 +175,29 @@ def megabytes() -> dict[str, str]:
     labelled = [entry.text for entry in texts()]
     rng = random.Random(3)
     benign = [entry.text for entry in texts() if entry.group == "benign"]
-    prose = ("The quick brown fox jumps over the lazy dog, and the dog does not mind at all. ", "在一个晴朗的早晨，我们沿着河边慢慢走回家。")
+    prose = (
+        "The quick brown fox jumps over the lazy dog, and the dog does not mind at all. ",
+        "在一个晴朗的早晨，我们沿着河边慢慢走回家。",
+    )
     many = " ".join(rng.choice(labelled) for _ in range(40_000))
-    return {name: _cut(text) for name, text in {
-        "English prose": prose[0] * 14_000, "Chinese prose": prose[1] * 20_000, "look-alikes": " ".join(rng.choice(benign) for _ in range(40_000)),
-        "the labelled texts": many, "digits": "1234567890" * 100_000, "spaced digits": "1 2 3 4 5 " * 100_000,
-        "letters a": "a" * 1_000_000, "spaced letters": "p a s s " * 130_000, "at signs": "a@b." * 250_000,
-        "card numbers": "4111111111111111 " * 60_000, "telephone numbers": "+1 415 555 2671, " * 60_000,
-        "colons": "2001:db8:" * 120_000, "key names": "password: " * 100_000}.items()}
+    return {
+        name: _cut(text)
+        for name, text in {
+            "English prose": prose[0] * 14_000,
+            "Chinese prose": prose[1] * 20_000,
+            "look-alikes": " ".join(rng.choice(benign) for _ in range(40_000)),
+            "the labelled texts": many,
+            "digits": "1234567890" * 100_000,
+            "spaced digits": "1 2 3 4 5 " * 100_000,
+            "letters a": "a" * 1_000_000,
+            "spaced letters": "p a s s " * 130_000,
+            "at signs": "a@b." * 250_000,
+            "card numbers": "4111111111111111 " * 60_000,
+            "telephone numbers": "+1 415 555 2671, " * 60_000,
+            "colons": "2001:db8:" * 120_000,
+            "key names": "password: " * 100_000,
+        }.items()
+    }
 
 
 def _cut(text: str) -> str:

@@ -49,6 +49,7 @@ def test_no_command_is_untested() -> None:
         "gazelle recipes", "gazelle recipes lora > my.yaml", "gazelle train my.yaml --dry-run",
         "gazelle train my.yaml train.learning_rate=1e-4", "gazelle train my.yaml --print-recipe",
         "gazelle train my.yaml --resume", "gazelle run script.py",
+        "gazelle scan train.jsonl --against test.jsonl --fail-on secret",
         "gazelle chat out/lora", "gazelle export out/lora --to gguf:q4_k_m,q8_0",
         "gazelle export out/lora --to merged --verify", "gazelle doctor", "gazelle bench",
         "gazelle plan SmolLM2-135M-Instruct.gguf --seq 512 --batch 8 --budget 3GB",
@@ -111,6 +112,16 @@ def test_the_commands_of_a_recipe(
     assert main(["export", "out/lora", "--to", "merged", "--verify"]) == 0
     assert "prompts from train.jsonl" in capsys.readouterr().out.replace(str(tmp_path) + "/", "")
     assert main(["doctor"]) == 0
+
+
+def test_the_data_is_scanned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("train", "test"):
+        Path(f"{name}.jsonl").write_text((PACKAGE / f"demo/{name}.jsonl").read_text())
+    assert main(["scan", "train.jsonl", "--against", "test.jsonl", "--fail-on", "secret"]) == 0
+    assert " of test.jsonl to look for in them" in capsys.readouterr().out
 
 
 def test_a_script_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

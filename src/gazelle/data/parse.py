@@ -1,7 +1,6 @@
 """Data files to rows: JSON, JSONL, CSV, TSV, Parquet and plain text. One function a file type."""
 
 import csv
-import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,7 +25,12 @@ def load_json(text: str) -> Any:
 
 
 def parse_file(path: Path) -> list[Row]:
-    """The rows of one file, each with the place it came from.
+    """The rows of one file, each with the place it came from. Raises what `stream_file` does."""
+    return list(stream_file(path))
+
+
+def stream_file(path: Path) -> Iterator[Row]:
+    """The rows of one file as they are read, so that only JSON that is one array, and plain text, are held as a whole.
 
     Raises:
         DataError: unknown suffix, empty file, text that is not UTF-8, or a row that cannot be parsed.
@@ -38,7 +42,7 @@ def parse_file(path: Path) -> list[Row]:
     if path.stat().st_size == 0:
         raise DataError("the file is empty", where=str(path), found="0 bytes", expected="at least one row",
                         fix="check that the file was written completely")
-    return list(PARSERS[path.suffix.lower()](path))
+    return PARSERS[path.suffix.lower()](path)
 
 
 def _text(path: Path) -> str:
@@ -87,16 +91,22 @@ def _json(path: Path) -> Iterator[Row]:
 
 
 def _json_lines(path: Path) -> Iterator[Row]:
-    # Not splitlines(): U+2028 and its like are legal inside a JSON string.
-    for number, line in enumerate(_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        try:
-            value = load_json(line)
-        except json.JSONDecodeError as error:
-            raise _bad_json(error, f"{where}, column {error.colno}", line) from error
-        yield _object(value, where), where
+    # Lines of bytes end at \n alone: U+2028 and its like are legal inside a JSON string.
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8").removesuffix("\n")
+            except UnicodeDecodeError:
+                _text(path)  # says where
+                raise
+            if not line.strip():
+                continue
+            where = f"{path}, line {number}"
+            try:
+                value = load_json(line)
+            except json.JSONDecodeError as error:
+                raise _bad_json(error, f"{where}, column {error.colno}", line) from error
+            yield _object(value, where), where
 
 
 def _bad_json(error: json.JSONDecodeError, where: str, text: str) -> DataError:
@@ -107,29 +117,35 @@ def _bad_json(error: json.JSONDecodeError, where: str, text: str) -> DataError:
 
 
 def _csv(path: Path, delimiter: str = "") -> Iterator[Row]:
-    text = _text(path)
-    head = text.partition("\n")[0]
-    # Spreadsheets in much of Europe write ";", because "," is their decimal point.
-    delimiter = delimiter or (";" if head.count(";") > head.count(",") else ",")
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    limit = csv.field_size_limit(max(len(text), 1))  # the module's own limit of 128 kB is shorter than some answers
+    # The module's own limit of 128 kB is shorter than some answers.
+    limit = csv.field_size_limit(max(path.stat().st_size, 1))
     line = 1
     try:
-        names = next(reader)
-        if len(set(names)) != len(names) or "" in names:
-            raise DataError("the header has an empty or repeated column name", where=f"{path}, line 1",
-                            found=", ".join(names), expected="a different name for every column", fix="mend the header")
-        while True:
-            line = reader.line_num + 1
-            values = next(reader, None)
-            if values is None:
-                return
-            if len(values) not in (0, len(names)):
-                raise DataError("a row has the wrong number of fields", where=f"{path}, line {line}",
-                                found=f"{len(values)} fields", expected=f"{len(names)}: {', '.join(names)}",
-                                fix="quote fields that hold the separator, a quote or a line break")
-            if values:
-                yield dict(zip(names, values, strict=True)), f"{path}, line {line}"
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            head = file.readline()
+            file.seek(0)
+            # Spreadsheets in much of Europe write ";", because "," is their decimal point.
+            delimiter = delimiter or (";" if head.count(";") > head.count(",") else ",")
+            reader = csv.reader(file, delimiter=delimiter, strict=True)
+            names = next(reader)
+            if len(set(names)) != len(names) or "" in names:
+                raise DataError("the header has an empty or repeated column name", where=f"{path}, line 1",
+                                found=", ".join(names), expected="a different name for every column",
+                                fix="mend the header")
+            while True:
+                line = reader.line_num + 1
+                values = next(reader, None)
+                if values is None:
+                    return
+                if len(values) not in (0, len(names)):
+                    raise DataError("a row has the wrong number of fields", where=f"{path}, line {line}",
+                                    found=f"{len(values)} fields", expected=f"{len(names)}: {', '.join(names)}",
+                                    fix="quote fields that hold the separator, a quote or a line break")
+                if values:
+                    yield dict(zip(names, values, strict=True)), f"{path}, line {line}"
+    except UnicodeDecodeError:
+        _text(path)  # says where
+        raise
     except csv.Error as error:
         raise DataError("a row cannot be parsed", where=f"{path}, line {line}", found=str(error),
                         expected='fields in "double quotes", quotes inside them doubled',
@@ -146,12 +162,16 @@ def _parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=4096):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield ArrowRow(row), f"{path}, row {number}"
     except pyarrow.ArrowException as error:
         raise DataError("the file is not readable Parquet", where=str(path), found=str(error),
                         expected="a complete Parquet file", fix="write or download it again") from error
-    return ((ArrowRow(row), f"{path}, row {number}") for number, row in enumerate(rows, 1))
 
 
 def _plain(path: Path) -> Iterator[Row]:

@@ -10,7 +10,7 @@ from typing import Any, overload
 import numpy as np
 
 from gazelle.base.errors import DataError, shorten
-from gazelle.data.parse import PARSERS, ArrowRow, Row, parse_file
+from gazelle.data.parse import PARSERS, ArrowRow, Row, parse_file, stream_file
 
 # First word of a file name -> the split it holds: "train-00000-of-00001.parquet", "dev.jsonl".
 SPLITS = {"train": "train", "training": "train", "test": "test", "validation": "validation", "valid": "validation",
@@ -82,9 +82,22 @@ def read_rows(source: Any, *, split: str = "train", token: str | None = None) ->
     if not rows:
         raise DataError("there are no rows", where=rows.source, found="0 rows", expected="at least one row",
                         fix="check that the source was written completely")
-    # Parquet and pandas write a missing text as the number NaN.
-    return Rows([(type(row)({name: None if _is_nan(value) else value for name, value in row.items()}), where)
-                 for row, where in rows], rows.source)
+    return Rows([_without_nan(row) for row in rows], rows.source)
+
+
+def stream_rows(source: Any, *, split: str = "train", token: str | None = None) -> Iterator[Row]:
+    """The rows of `read_rows`, one at a time: those of files are read as they are asked for, so that a source may be
+    larger than memory. Errors in a row come when it is reached."""
+    if isinstance(source, str | Path) and (path := Path(source).expanduser()).exists() and not _is_saved(path):
+        files = _folder_files(path, split) if path.is_dir() else [path]
+        return (_without_nan(row) for rows in [stream_file(file) for file in files] for row in rows)
+    return iter(read_rows(source, split=split, token=token))
+
+
+def _without_nan(row: Row) -> Row:
+    """Parquet and pandas write a missing text as the number NaN."""
+    cells, where = row
+    return type(cells)({name: None if _is_nan(value) else value for name, value in cells.items()}), where
 
 
 def _is_nan(value: Any) -> bool:
@@ -148,11 +161,21 @@ def _no_split(split: str, present: set[str], where: str) -> DataError:
                      fix="name one of these as split=")
 
 
+def _is_saved(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote this folder."""
+    return (folder / "state.json").exists() or (folder / "dataset_dict.json").exists()
+
+
 def _read_folder(folder: Path, split: str) -> Rows:
-    if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
+    if _is_saved(folder):
         import datasets
 
         return _read_dataset(datasets.load_from_disk(str(folder)), split, str(folder))
+    return Rows([row for path in _folder_files(folder, split) for row in parse_file(path)], str(folder))
+
+
+def _folder_files(folder: Path, split: str) -> list[Path]:
+    """The data files of a folder that hold a split."""
     files = sorted(path for path in folder.iterdir()
                    if path.is_file() and path.suffix.lower() in PARSERS and not path.name.startswith("."))
     if not files:
@@ -165,7 +188,7 @@ def _read_folder(folder: Path, split: str) -> Rows:
         if wanted not in present:
             raise _no_split(split, present, str(folder))
         files = [path for path in files if _split_of(path) == wanted]
-    return Rows([row for path in files for row in parse_file(path)], str(folder))
+    return files
 
 
 def _read_dataset(source: Any, split: str, name: str = "") -> Rows:

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 # words takes. A single word, number or key waits as a whole.
 HOLD = 112
 DETECTORS: tuple[Detector, ...] = (*CREDENTIALS, *NUMBERS, *CONTACTS)
-KINDS = {group: tuple(dict.fromkeys(kind for detector in DETECTORS if detector.group == group for kind in detector.kinds))
-         for group in ("pii", "secret")}
+KINDS = {
+    group: tuple(dict.fromkeys(kind for detector in DETECTORS if detector.group == group for kind in detector.kinds))
+    for group in ("pii", "secret")
+}
 REFUSAL = "This text was withheld."
 # A match in letters that were put together or read out of digits is worth something from so many of them on.
 _DISGUISED, _DISGUISED_HAN = 4, 2
@@ -44,8 +46,11 @@ class SafetyChecker:
         on_pattern: the same for `block_patterns`.
         refusal: what `filter` returns in place of a blocked text.
         classifier: a Hugging Face text-classification model, as a folder or hub name (safetensors only), or a callable
-            that takes a list of texts and returns a list of {"label", "score"}, or of lists of them, as a pipeline does.
+            that takes a list of texts and returns for each {"label", "score"} or a list of them, as a pipeline does.
         labels: the classifier's labels that mean a text is unsafe. Default: all but those that say it is safe.
+        hold_back: how many visible characters a stream keeps back. Raise it if what tells that a block pattern matches
+            may stand further behind the beginning of the match: the beginning has left then, and only what follows is
+            kept back. Everything else that is looked for is told within the default, or waits as a whole.
 
     Raises:
         OptionError: an option or pattern that cannot be used; it says why.
@@ -57,17 +62,25 @@ class SafetyChecker:
     def __init__(self, block_patterns: Iterable[str] = (), max_reject_score: float = 0.8, *, pii: str = "mask",
                  secrets: str = "mask", kinds: Iterable[str] | None = None, on_pattern: Action = "block",
                  refusal: str = REFUSAL, classifier: "str | Path | Callable[..., Any] | None" = None,
-                 labels: Sequence[str] | None = None) -> None:
+                 labels: Sequence[str] | None = None, hold_back: int = HOLD) -> None:
         if isinstance(block_patterns, str):
             raise OptionError("block_patterns is one text", where="block_patterns", found=repr(block_patterns),
                               expected="a list of regular expressions", fix="put it in brackets: [...]")
-        if isinstance(max_reject_score, bool) or not isinstance(max_reject_score, int | float) or not 0 <= max_reject_score <= 1:
+        if (
+            isinstance(max_reject_score, bool)
+            or not isinstance(max_reject_score, int | float)
+            or not 0 <= max_reject_score <= 1
+        ):
             raise OptionError("a score is a number from 0 to 1", where="max_reject_score", found=repr(max_reject_score),
                               expected="0 to 1", fix="leave it out for 0.8")
         for name, chosen in (("pii", pii), ("secrets", secrets), ("on_pattern", on_pattern)):
             if chosen not in (*ACTIONS, "off"):
                 raise OptionError("unknown action", where=name, found=repr(chosen),
                                   expected=", ".join((*ACTIONS, "off")), fix=nearest(str(chosen), (*ACTIONS, "off")))
+        if isinstance(hold_back, bool) or not isinstance(hold_back, int) or hold_back < HOLD:
+            raise OptionError("a stream has to keep back more", where="hold_back", found=repr(hold_back),
+                              expected=f"at least {HOLD} characters", fix=f"leave it out for {HOLD}")
+        self.hold_back = hold_back
         self.patterns = tuple(block_pattern(source, number) for number, source in enumerate(block_patterns))
         self.max_reject_score, self.refusal = float(max_reject_score), refusal
         self._actions = {"pattern": on_pattern, "pii": pii, "secret": secrets, "classifier": "block"}
@@ -75,7 +88,6 @@ class SafetyChecker:
         self._detectors = tuple(detector for detector in DETECTORS if self.kinds & detector.kinds.keys()
                                 and self._actions[detector.group] != "off")
         self.classifier = self._load(classifier, labels)
-        self.reach = HOLD
 
     @staticmethod
     def _wanted(kinds: Iterable[str] | None) -> frozenset[str]:
@@ -137,8 +149,8 @@ class SafetyChecker:
         return Verdict(all(one.action != "block" for one in findings), score, findings)
 
     def filter(self, text: str) -> str:
-        """`text` fit to pass on: `refusal` in place of the whole if anything blocks it, else `text` with every span that
-        is to be masked replaced by its kind, such as "[EMAIL]"; `text` itself if there is nothing."""
+        """`text` fit to pass on: `refusal` in place of the whole if anything blocks it, else `text` with its kind, such
+        as "[EMAIL]", in place of every span that is to be masked; `text` itself if there is nothing."""
         return self.apply(text, self.check(text))
 
     def apply(self, text: str, verdict: Verdict) -> str:
@@ -159,23 +171,25 @@ class SafetyChecker:
             folded: its folded view.
             position: 1 for a part from the middle, whose first character is there to be looked back at.
         """
-        yield from self._matched(text, folded, position)
+        joined = together(folded) if self.patterns or any(detector.spelt for detector in self._detectors) else None
+        yield from self._matched(text, folded, joined, position)
         for detector in self._detectors:
             if detector.needs and not any(sign in folded.text for sign in detector.needs):
                 continue
-            for kind, (start, end, score) in detector.search(folded.text, position):
-                if kind in self.kinds and self._counts(score):
-                    yield Finding(kind, detector.group, *folded.span(start, end), score, detector.kinds[kind],
-                                  self._actions[detector.group])  # type: ignore[arg-type]
+            for view in (folded, joined) if detector.spelt and joined is not None else (folded,):
+                for kind, (start, end, score) in detector.search(view.text, position):
+                    if kind in self.kinds and self._counts(score):
+                        yield Finding(kind, detector.group, *view.span(start, end), score, detector.kinds[kind],
+                                      self._actions[detector.group])  # type: ignore[arg-type]
 
-    def _matched(self, text: str, folded: View, position: int) -> Iterator[Finding]:
+    def _matched(self, text: str, folded: View, joined: View | None, position: int) -> Iterator[Finding]:
         action = self._actions["pattern"]
         if not self.patterns or action == "off":
             return
         views = [(folded, 1)]
         if folded.text != text:
             views.append((View(text.encode("utf-8", "replace").decode()), 1))
-        views += [(view, _DISGUISED) for view in (together(folded), *leet(folded)) if view is not None]
+        views += [(view, _DISGUISED) for view in (joined, *leet(folded)) if view is not None]
         for view, least in views:
             for number, pattern in enumerate(self.patterns):
                 for start, end in pattern.spans(view.text, position):

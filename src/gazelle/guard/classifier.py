@@ -7,8 +7,9 @@ from typing import Any
 from gazelle.base.errors import ModelError, OptionError, nearest
 
 # Labels that say a text is fine; whatever else a model says counts against it.
-SAFE = frozenset({"safe", "ok", "okay", "neutral", "clean", "benign", "non-toxic", "nontoxic", "not_toxic", "not toxic", "normal",
-                  "none", "acceptable", "harmless", "no_injection", "legit", "legitimate", "无害", "正常", "安全"})
+SAFE = frozenset({"safe", "ok", "okay", "neutral", "clean", "benign", "non-toxic", "nontoxic", "not_toxic",
+                 "not toxic", "normal", "none", "acceptable", "harmless", "no_injection", "legit", "legitimate",
+                 "无害", "正常", "安全"})
 _BATCH = 8
 
 
@@ -48,7 +49,7 @@ class Classifier:
                              expected='{"label": ..., "score": ...}, or a list of them',
                              fix="return what a text-classification pipeline returns") from error
         unsafe = [(score, label) for label, score in scores if self._unsafe(label)]
-        if not unsafe and len(scores) == 1:  # only the likeliest label is told, and it is a safe one
+        if len(scores) == 1 and scores[0][0].strip().lower() in SAFE:  # the likeliest label alone is told, a safe one
             return max(0.0, 1 - scores[0][1]), scores[0][0]
         if not all(0 <= score <= 1 for score, _ in unsafe):
             raise ModelError("the classifier's scores are no probabilities", where="classifier", found=repr(answer),
@@ -78,7 +79,7 @@ class Classifier:
         if config.model_type in ("roberta", "xlm-roberta", "camembert"):
             limit = min(limit, config.max_position_embeddings - 2)  # their positions begin behind the padding's
         several = config.problem_type == "multi_label_classification"
-        pad = tokenizer.pad_token_id is not None and _BATCH or 1
+        rows = 1 if tokenizer.pad_token_id is None else _BATCH
 
         @torch.inference_mode()
         def judge(texts: list[str]) -> list[list[dict[str, Any]]]:
@@ -87,22 +88,29 @@ class Classifier:
                 windows = tokenizer(text, truncation=True, max_length=limit, stride=limit // 8,
                                     return_overflowing_tokens=True)["input_ids"]
                 worst = torch.zeros(len(names))
-                for first in range(0, len(windows), pad):
-                    batch = tokenizer.pad({"input_ids": windows[first:first + pad]}, return_tensors="pt") if pad > 1 else {
-                        "input_ids": torch.tensor(windows[first:first + 1])}
-                    logits = model(**{name: value.to(model.device) for name, value in batch.items()}).logits.float().cpu()
+                for first in range(0, len(windows), rows):
+                    some = {"input_ids": windows[first:first + rows]}
+                    batch = tokenizer.pad(some, return_tensors="pt") if rows > 1 else {
+                        name: torch.tensor(ids) for name, ids in some.items()}
+                    logits = model(**batch).logits.float()
                     chances = logits.sigmoid() if several or len(names) == 1 else logits.softmax(-1)
                     worst = torch.maximum(worst, chances.amax(0))
-                answers.append([{"label": name, "score": float(score)} for name, score in zip(names, worst, strict=True)])
+                answers.append([{"label": name, "score": float(chance)}
+                                for name, chance in zip(names, worst, strict=True)])
             return answers
 
         return judge
 
     def _check(self, source: str, names: list[str]) -> None:
         if self._labels is None:
-            if all(name.startswith("LABEL_") for name in names) or all(map(self._unsafe, names)) and len(names) == 2:
-                raise ModelError("it cannot be told which of the classifier's labels mean unsafe", where=source,
-                                 found=", ".join(names), expected="labels=", fix=f"pass labels=[{names[-1]!r}], for example")
+            if all(name.startswith("LABEL_") for name in names) or (all(map(self._unsafe, names)) and len(names) == 2):
+                raise ModelError(
+                    "it cannot be told which of the classifier's labels mean unsafe",
+                    where=source,
+                    found=", ".join(names),
+                    expected="labels=",
+                    fix=f"pass labels=[{names[-1]!r}], for example",
+                )
             return
         for label in sorted(self._labels - set(names)):
             raise OptionError("the classifier has no such label", where="labels", found=label,

@@ -7,19 +7,17 @@ from typing import Any
 
 from gazelle.guard.patterns import compile_re2
 
+DIGITS = tuple("0123456789")
 # (start, end, score) of what is really there.
 Span = tuple[int, int, float]
 
 
-@dataclass(frozen=True)
 class Candidate:
     """A proposed span, with what stands around it."""
 
-    text: str
-    start: int
-    end: int
-    groups: tuple[str | None, ...]
-    spans: tuple[tuple[int, int], ...]
+    def __init__(self, text: str, match: Any) -> None:
+        self.text, self.match = text, match
+        self.start, self.end = match.span()
 
     @property
     def found(self) -> str:
@@ -33,7 +31,29 @@ class Candidate:
     def alone(self, glue: str = "") -> bool:
         """True unless ASCII letters, digits or one of `glue` go on at either end: no longer word is cut."""
         sides = self.text[max(0, self.start - 1):self.start], self.text[self.end:self.end + 1]
-        return not any(side and (side.isascii() and side.isalnum() or side in glue) for side in sides)
+        return not any(side and ((side.isascii() and side.isalnum()) or side in glue) for side in sides)
+
+
+class Words:
+    """Words that say what stands behind them, found in time that does not grow with their number."""
+
+    def __init__(self, *expressions: str) -> None:
+        self._expression = "(?s).*(?:" + "|".join(expressions) + ")"
+
+    @cached_property
+    def _compiled(self) -> Any:
+        return compile_re2(self._expression)
+
+    def last(self, before: str) -> int:
+        """Where the last of them ends in `before`, -1 if there is none."""
+        found = self._compiled.match(before)
+        return -1 if found is None else int(found.end())
+
+
+def named(before: str, own: Words, others: Words) -> bool | None:
+    """True if the words before something name its kind, False if they name another kind, None if they name none."""
+    mine, other = own.last(before), others.last(before)
+    return None if mine == other == -1 else mine > other
 
 
 @dataclass(frozen=True)
@@ -44,7 +64,8 @@ class Detector:
         kinds: what it may find -> the reason that findings give.
         expression: RE2's; it proposes spans of bounded length, or ones that end where a run of its characters ends.
         check: kind and span of each thing in a candidate; None takes every candidate as the first kind, with score 1.
-        needs: characters one of which every match has, in lower case: a text without them is not searched.
+        needs: strings one of which every match has: a text without them is not searched.
+        spelt: look where letters that are spelt apart have been put together, too.
     """
 
     group: str
@@ -52,6 +73,7 @@ class Detector:
     expression: str
     check: Callable[[Candidate], Iterator[tuple[str, Span]]] | None = None
     needs: tuple[str, ...] = ()
+    spelt: bool = False
 
     @cached_property
     def compiled(self) -> Any:
@@ -65,5 +87,4 @@ class Detector:
             if self.check is None:
                 yield next(iter(self.kinds)), (start, end, 1.0)
                 continue
-            spans = tuple(match.span(number) for number in range(self.compiled.groups + 1))
-            yield from self.check(Candidate(text, start, end, (match.group(), *match.groups()), spans))
+            yield from self.check(Candidate(text, match))

@@ -67,9 +67,7 @@ def settle(findings: Iterable[Finding]) -> tuple[Finding, ...]:
     # The strongest action first, then the surest and the longest: what is left overlaps nothing stronger.
     for found in sorted(set(findings), key=lambda one: (one.start, -one.end, -_RANK[one.action], -one.score, one.kind)):
         last = kept[-1] if kept else None
-        if last is None or found.start >= last.end:
-            kept.append(found)
-        elif found.end > last.end or _RANK[found.action] > _RANK[last.action]:
+        if last is None or found.start >= last.end or found.end > last.end or _RANK[found.action] > _RANK[last.action]:
             kept.append(found)
     return tuple(kept)
 

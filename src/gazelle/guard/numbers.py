@@ -1,4 +1,4 @@
-"""Numbers that belong to a person: payment cards, accounts, national identifiers, each proved by its checksum or ranges.
+"""Numbers that belong to a person: payment cards, accounts, national identifiers, proved by check digits or ranges.
 
 Digits may be spelt apart or grouped as people group them. Checksums and registries are python-stdnum's.
 """
@@ -11,15 +11,17 @@ from importlib import import_module
 from typing import Any
 
 from gazelle.base.optional import require
-from gazelle.guard.detector import Candidate, Detector, Span
+from gazelle.guard.detector import DIGITS, Candidate, Detector, Span, Words, named
 
 # Words before a number that say what it is. The nearer of the two kinds counts.
-_ORDINARY = re.compile(r"order|track|invoice|\bref\b|reference|ticket|serial|\bsku\b|isbn|imei|parcel|shipment|model|part n|"
-                       r"\bcase\b|batch|product|issue|commit|build|version|timestamp|\bpo\b|\buid\b|\bid[:=# ]|#$|"
-                       r"订单|单号|运单|快递|流水|编号|发票|货号|批次|型号|序列号|工号|学号")
-_OF_CARD = re.compile(r"card|visa|amex|mastercard|american express|discover|unionpay|debit|credit|卡|银联|信用|储蓄|付款账")
-_OF_SSN = re.compile(r"\bssn\b|social[ \-]security|社会安全|社安")
-_OF_ID = re.compile(r"身份证|证件|\bid\b")
+_ORDINARY = Words(
+    r"order|track|invoice|\bref\b|reference|ticket|serial|\bsku\b|isbn|imei|parcel|shipment|model|part n|\bcase\b",
+    r"batch|product|issue|commit|build|version|timestamp|\bpo\b|\buid\b|\bid[:=# ]|#\z",
+    "订单|单号|运单|快递|流水|编号|发票|货号|批次|型号|序列号|工号|学号",
+)
+_OF_CARD = Words("card|visa|amex|mastercard|american express|discover|unionpay|debit|credit", "卡|银联|信用|储蓄")
+_OF_SSN = Words(r"\bssn\b|social[ \-]security", "社会安全|社安")
+_OF_NINO = Words(r"\bnino?\b|national insurance", "国民保险")
 
 
 @dataclass(frozen=True)
@@ -40,25 +42,25 @@ class Run:
 _GROUP = re.compile(r"[0-9]+[Xx]?")
 
 
+_LENGTHS = {9, *range(13, 20)}  # of what the checks know
+
+
 def runs(candidate: Candidate, longest: int = 19) -> Iterator[Run]:
-    """Runs of whole groups with up to `longest` digits, longest first at each start."""
-    groups = [(found[0], found.start(), found.end()) for found in _GROUP.finditer(candidate.text, candidate.start, candidate.end)]
-    for first, (digits, start, _) in enumerate(groups):
-        found, sizes = [], []
-        digits = ""
-        for part, _, end in groups[first:]:
-            digits += part
-            sizes.append(len(part))
+    """Runs of whole groups with as many digits as a check knows, longest first at each start; in linear time."""
+    groups = [(found[0], *found.span()) for found in _GROUP.finditer(candidate.text, candidate.start, candidate.end)]
+    for first, (part, start, _) in enumerate(groups):
+        if len(part) == 1 and first and len(groups[first - 1][0]) == 1:
+            continue  # digits that are spelt apart begin where the first of them stands
+        found: list[Run] = []
+        digits, sizes = "", tuple[int, ...]()
+        for last in range(first, min(first + longest, len(groups))):
+            part, _, end = groups[last]
+            digits, sizes = digits + part, (*sizes, len(part))
             if len(digits) > longest:
                 break
-            found.append(Run(digits, tuple(sizes), start, end))
+            if len(digits) in _LENGTHS:
+                found.append(Run(digits, sizes, start, end))
         yield from reversed(found)
-
-
-def named(before: str, own: re.Pattern[str], others: re.Pattern[str] = _ORDINARY) -> bool | None:
-    """True if the words before a number name its kind, False if they name another, None if they name none."""
-    mine, other = (max((found.end() for found in pattern.finditer(before)), default=-1) for pattern in (own, others))
-    return None if mine == other == -1 else mine > other
 
 
 def valid(module: str, number: str) -> bool:
@@ -75,32 +77,53 @@ def _stdnum(module: str) -> Any:
 def _issuer(digits: str) -> bool:
     """Whether an issuer gives out cards that begin so and have this length."""
     size, two, three, four = len(digits), int(digits[:2]), int(digits[:3]), int(digits[:4])
-    return (digits[0] == "4" and size in (13, 16, 19) or (51 <= two <= 55 or 2221 <= four <= 2720) and size == 16
-            or two in (34, 37) and size == 15 or (four == 6011 or two == 65 or 644 <= three <= 649) and size in (16, 19)
-            or (two in (36, 38) or 300 <= three <= 305) and size == 14 or 3528 <= four <= 3589 and size in (16, 19)
-            or two == 62 and 16 <= size <= 19 or 2200 <= four <= 2204 and size == 16)
+    return (
+        (digits[0] == "4" and size in (13, 16, 19))
+        or ((51 <= two <= 55 or 2221 <= four <= 2720) and size == 16)
+        or (two in (34, 37) and size == 15)
+        or ((four == 6011 or two == 65 or 644 <= three <= 649) and size in (16, 19))
+        or ((two in (36, 38) or 300 <= three <= 305) and size == 14)
+        or (3528 <= four <= 3589 and size in (16, 19))
+        or (two == 62 and 16 <= size <= 19)
+        or (2200 <= four <= 2204 and size == 16)
+    )
 
 
 def _grouped(sizes: Sequence[int]) -> bool:
     """Groups as people write card numbers: one, all of a size but for the last, or 4-6-5 and 4-6-4."""
     return (len(sizes) == 1 or tuple(sizes) in ((4, 6, 5), (4, 6, 4))
-            or len(set(sizes[:-1])) == 1 and sizes[0] <= 5 and sizes[-1] <= sizes[0])
+            or (len(set(sizes[:-1])) == 1 and sizes[0] <= 5 and sizes[-1] <= sizes[0]))
 
 
-_PROVINCES = {*range(11, 16), *range(21, 24), *range(31, 38), *range(41, 47), *range(50, 55), *range(61, 66), 71, 81, 82, 83}
+_PROVINCES = {
+    *range(11, 16),
+    *range(21, 24),
+    *range(31, 38),
+    *range(41, 47),
+    *range(50, 55),
+    *range(61, 66),
+    71,
+    81,
+    82,
+    83,
+}
 
 
 def _card(run: Run, before: str) -> float | None:
     if not (run.digits.isdigit() and 13 <= len(run.digits) <= 19 and _grouped(run.sizes) and _issuer(run.digits)):
         return None
-    said = named(before, _OF_CARD)
-    if said is False or said is None and len(run.digits) in (13, 19) and run.digits[0] == "4" and len(run.sizes) == 1:
+    if not valid("luhn", run.digits):
+        return None
+    said = named(before, _OF_CARD, _ORDINARY)
+    if said is False or (said is None and len(run.digits) in (13, 19) and run.digits[0] == "4" and len(run.sizes) == 1):
         return None  # identifiers of 19 digits are common, such cards are not
-    return (1.0 if said or len(run.sizes) > 1 else 0.95) if valid("luhn", run.digits) else None
+    return 1.0 if said or len(run.sizes) > 1 else 0.95
 
 
-def _chinese_id(run: Run, before: str) -> float | None:
-    if not re.fullmatch(r"[0-9]{17}[0-9Xx]", run.digits) or not (len(run.sizes) == 1 or run.sizes in ((6, 8, 4), (6, 4, 4, 4)) or set(run.sizes[:-1]) == {1}):
+def _chinese_id(run: Run, _before: str) -> float | None:
+    if not re.fullmatch(r"[0-9]{17}[0-9Xx]", run.digits) or not (
+        len(run.sizes) == 1 or run.sizes in ((6, 8, 4), (6, 4, 4, 4)) or set(run.sizes[:-1]) == {1}
+    ):
         return None
     # Not ric.is_valid: it knows no counties that are newer than its table.
     ric, digits = _stdnum("cn.ric"), run.digits.upper()
@@ -108,16 +131,16 @@ def _chinese_id(run: Run, before: str) -> float | None:
         born = ric.get_birth_date(digits)
     except _stdnum("exceptions").ValidationError:
         return None
-    is_one = int(digits[:2]) in _PROVINCES and 1900 <= born.year and ric.calc_check_digit(digits) == digits[-1]
+    is_one = int(digits[:2]) in _PROVINCES and born.year >= 1900 and ric.calc_check_digit(digits) == digits[-1]
     return 1.0 if is_one else None
 
 
 def _ssn(run: Run, before: str) -> float | None:
     if len(run.digits) != 9 or not run.digits.isdigit():
         return None
-    said = named(before, _OF_SSN)
+    said = named(before, _OF_SSN, _ORDINARY)
     written = f"{run.digits[:3]}-{run.digits[3:5]}-{run.digits[5:]}"
-    if said is False or run.sizes != (3, 2, 4) and not said or not valid("us.ssn", written):
+    if said is False or (run.sizes != (3, 2, 4) and not said) or not valid("us.ssn", written):
         return None
     return 1.0 if said else 0.9
 
@@ -130,7 +153,7 @@ def _numbers(candidate: Candidate) -> Iterator[tuple[str, Span]]:
         return
     done = candidate.start
     for run in runs(candidate):
-        if run.start < done or len(run.digits) < 9:
+        if run.start < done:
             continue
         before = candidate.text[max(0, run.start - 40):run.start].rpartition("\n")[2].lower()
         for kind, check in _CHECKS:
@@ -164,7 +187,7 @@ _NATIONAL = {  # kind -> (form, module of python-stdnum); all have check digits 
 
 
 def _national(candidate: Candidate) -> Iterator[tuple[str, Span]]:
-    for (kind, (_, modules)), found in zip(_NATIONAL.items(), candidate.groups[1:], strict=True):
+    for (kind, (_, modules)), found in zip(_NATIONAL.items(), candidate.match.groups(), strict=True):
         if found is not None and candidate.alone("-_") and any(valid(module, found) for module in modules):
             yield kind, (candidate.start, candidate.end, 1.0)
 
@@ -175,7 +198,7 @@ _NO_NINO = {"BG", "GB", "KN", "NK", "NT", "TN", "ZZ", "OO", "CR", "FY", "MW", "N
 
 def _nino(candidate: Candidate) -> Iterator[tuple[str, Span]]:
     compact = candidate.found.replace(" ", "").upper()
-    said = named(candidate.before(), re.compile(r"\bnino?\b|national insurance|国民保险"))
+    said = named(candidate.before(), _OF_NINO, _ORDINARY)
     if candidate.alone("-_") and compact[:2] not in _NO_NINO and said is not False and (said or " " in candidate.found):
         yield "uk_nino", (candidate.start, candidate.end, 1.0 if said else 0.9)
 
@@ -184,11 +207,11 @@ NUMBERS = (
     Detector("pii", {"card": "a payment card: issuer, length and check digit are right",
                      "cn_id": "a Chinese resident ID: region, date and check digit are right",
                      "us_ssn": "a US social security number, in ranges that are given out"},
-             r"[0-9](?:[ .\-_]{0,2}[0-9]){8,}(?:[ .\-]?[Xx]\b)?", _numbers),
+             r"[0-9](?:[ .\-_]{0,3}[0-9]){8,}(?:[ .\-]?[Xx]\b)?", _numbers, DIGITS),
     Detector("pii", {"iban": "a bank account (IBAN): country, length and check digits are right"},
-             r"(?i)\b[A-Z]{2}[0-9]{2}(?:[ \-]?[A-Z0-9]){11,30}", _iban),
+             r"(?i)\b[A-Z]{2}[0-9]{2}(?:[ \-]?[A-Z0-9]){11,30}", _iban, DIGITS),
     Detector("pii", {kind: f"a national identifier ({kind}): its check digits are right" for kind in _NATIONAL},
              "|".join(f"({form})" for form, _ in _NATIONAL.values()), _national),
     Detector("pii", {"uk_nino": "a British national insurance number"},
-             r"(?i)\b[ABCEGHJ-PRSTW-Z][ABCEGHJ-NPRSTW-Z] ?[0-9]{2} ?[0-9]{2} ?[0-9]{2} ?[A-D]\b", _nino),
+             r"(?i)\b[ABCEGHJ-PRSTW-Z][ABCEGHJ-NPRSTW-Z] ?[0-9]{2} ?[0-9]{2} ?[0-9]{2} ?[A-D]\b", _nino, DIGITS),
 )

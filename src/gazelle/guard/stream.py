@@ -22,7 +22,8 @@ class GuardStream:
     """Pieces go in, what may leave comes out; joined, it is what `filter` makes of the whole text.
 
     Text leaves at a distance behind what has come, masked where it is to be masked; a word, number or finding that is
-    not finished waits as a whole. From a blocked span on nothing leaves. With a classifier everything waits for
+    not finished waits as a whole. From a blocked span on nothing leaves (`hold_back` of the checker says how far apart
+    the two ends of a block pattern's match may be). With a classifier everything waits for
     `finish`, since it judges whole texts.
 
     Attributes:
@@ -72,8 +73,8 @@ class GuardStream:
         findings = settle(self._checker.scan(self._window, folded, 1 if self._gone else 0))
         limit = self._limit(folded, findings)
         for found in findings:
-            if found.action == "block" and self._left <= found.start < limit:
-                limit, self.blocked = found.start, True
+            if found.action == "block" and found.end > self._left and found.start < limit:
+                limit, self.blocked = max(found.start, self._left), True
                 break
         if limit <= self._left:
             return ""
@@ -86,12 +87,12 @@ class GuardStream:
     def _limit(self, folded: View, findings: tuple[Finding, ...]) -> int:
         """Where what has to wait begins: a character of the window."""
         size = len(folded.text)
-        waits = size - self._checker.reach
+        waits = size - self._checker.hold_back
         tail = _OPEN.match(folded.text[:-4001:-1])
         waits = min(waits, size - tail.end()) if tail else waits
         limit = folded.origin(max(0, waits))
         settled = folded.origin(max(0, size - AFTER))
         for found in reversed(findings):  # from the end, so that spans that overlap wait together
-            if found.start < limit < found.end or settled < found.end and found.start < limit:
+            if found.start < limit < found.end or (settled < found.end and found.start < limit):
                 limit = found.start
         return limit

@@ -1,9 +1,9 @@
 """A text as a reader sees it: Unicode tricks undone, with the way back to the characters of the original.
 
-The folded view is what detectors read: compatibility forms (NFKC: full-width, circled, mathematical letters), look-alike
-letters of other scripts as Latin ones (Unicode's confusables), no accents, no invisible characters, Chinese numerals in
-long runs of digits as digits. Block patterns look at two more: letters spelt apart put together, and leet read as
-letters.
+The folded view is what detectors read: compatibility forms (NFKC: full-width, circled, mathematical letters),
+look-alike letters of other scripts as Latin ones (Unicode's confusables), no accents, no invisible characters, Chinese
+numerals in long runs of digits as digits. Block patterns look at two more: letters spelt apart put together, and leet
+read as letters.
 """
 
 import functools
@@ -23,15 +23,17 @@ _DIGITS = "0-9零〇○一二三四五六七八九幺壹贰叁肆伍陆柒捌玖
 # Long runs only, which no prose has: 一一 and 三十 stay what they are.
 _NUMERAL_RUN = re.compile(rf"[{_DIGITS}](?:[ \-]?[{_DIGITS}]){{6,}}")
 # Single letters, each followed by the same kind of gap. Nothing here can backtrack: every step takes exactly one form.
-_SPELT = re.compile(r"(?<![^\W_])[^\W\d_](?:[ .,_*~|/\-]{1,2}[^\W\d_](?![^\W_])){2,}")
-_SPELT_HAN = re.compile(r"[\u4e00-\u9fff](?:[ ._*~|/\-][\u4e00-\u9fff])+")
-_GAP = re.compile(r"[ .,_*~|/\-]+")
+_SPELT = re.compile(r"(?<![^\W_])[^\W\d_](?:[ .,_*~|/·•・\-]{1,2}[^\W\d_](?![^\W_])){2,}")
+_SPELT_HAN = re.compile(r"[\u4e00-\u9fff](?:[ ._*~|/·•・\-][\u4e00-\u9fff])+")
+_GAP = re.compile(r"[ .,_*~|/·•・\-]+")
 _LEET_WORD = re.compile(r"[A-Za-z0-9@$!|+]{4,24}")
 _LEET = {"0": "o", "1": "i", "3": "e", "4": "a", "5": "s", "7": "t", "@": "a", "$": "s", "!": "i", "|": "l", "+": "t"}
 _LEET_TABLES = (str.maketrans(_LEET), str.maketrans(_LEET | {"1": "l", "!": "l"}))
 
 # Accents over Latin, Greek and Cyrillic, enclosing marks and variation selectors: vowels of other scripts are no marks.
-_MARKS = re.compile("[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f\U000e0100-\U000e01ef]+")
+_MARKS = re.compile(
+    "[\u0300-\u036f\u1ab0-\u1aff\u1dc0-\u1dff\u20d0-\u20ff\ufe00-\ufe0f\ufe20-\ufe2f\U000e0100-\U000e01ef]+"
+)
 _UNSEEN = "\u115f\u1160\u3164\uffa0\u2800"  # fillers of Hangul, and the empty Braille pattern
 
 
@@ -49,11 +51,8 @@ class View:
     offsets: Offsets | None = None
 
     def span(self, start: int, end: int) -> tuple[int, int]:
-        """Where `text[start:end]` lies in the original. An empty span stays empty."""
-        if self.offsets is None:
-            return start, end
-        first = int(self.offsets[start])
-        return first, int(self.offsets[end - 1]) + 1 if end > start else first
+        """Where `text[start:end]` lies in the original, with what cannot be seen behind it."""
+        return self.origin(start), self.origin(end)
 
     def origin(self, position: int) -> int:
         """Where the character `position` of the form begins in the original."""
@@ -127,16 +126,20 @@ def _folded(char: str) -> str:
         return "\ufffd"
     if category == "Cf" or char in _UNSEEN or _MARKS.fullmatch(char):
         return ""
+    if category == "Pd" or char == "\u2212":
+        return "-"
     if category in ("Zs", "Zl", "Zp"):
         return " " if category == "Zs" else "\n"
-    if category == "Nd":
-        return str(unicodedata.digit(char))
+    if (digit := unicodedata.digit(char, None)) is not None:  # of any script, circled, on a dark disc
+        return str(digit)
     plain = unicodedata.normalize("NFKC", _MARKS.sub("", unicodedata.normalize("NFKD", char)))
     return "".join(_latin(part) for part in plain)
 
 
-_LETTER = re.compile(r"(LATIN (?:SMALL|CAPITAL) LETTER|LATIN LETTER SMALL CAPITAL|REGIONAL INDICATOR SYMBOL LETTER) ([A-Z])"
-                     r"(?: WITH .+)?$")
+_LETTER = re.compile(
+    r"(LATIN (?:SMALL|CAPITAL) LETTER|LATIN LETTER SMALL CAPITAL|REGIONAL INDICATOR SYMBOL LETTER) ([A-Z])"
+    r"(?: WITH .+)?$"
+)
 
 
 def _latin(char: str) -> str:
