@@ -5,8 +5,8 @@
 Starts `gazelle serve` on the demo model in a process of its own. Each of the clients has questions that nobody else
 asks; the right answers are those that transformers' `generate` gives to each question alone, greedily. Requests are
 chats and completions, whole and streamed, by turns. Those that are broken off ask for a long stream and go after its
-first piece, or before it. Memory is the server's resident memory: the median over the second tenth of the requests, when
-caches are warm, against that over the last tenth.
+first piece, or before it. Memory is the server's resident memory: the median over the second tenth of the requests,
+when caches are warm, against that over the last tenth.
 """
 
 import argparse
@@ -76,7 +76,8 @@ def questions() -> list[list[Question]]:
             else:
                 ids, path, asked = tokenizer(text)["input_ids"], "/v1/completions", {"prompt": text}
             answer = model.generate(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids), dtype=torch.long),
-                                    do_sample=False, max_new_tokens=TOKENS, eos_token_id=stop_ids(model.generation_config))
+                                    do_sample=False, max_new_tokens=TOKENS,
+                                    eos_token_id=stop_ids(model.generation_config))
             mine.append(Question(path, {"model": "demo", "temperature": 0, "max_tokens": TOKENS} | asked,
                                  tokenizer.decode(answer[0, len(ids):], skip_special_tokens=True)))
         found.append(mine)
@@ -152,8 +153,8 @@ async def load(url: str, process: psutil.Process, asked: list[list[Question]], r
 def measure(requests: int) -> dict[str, Any]:
     """Serve, ask, and sum up."""
     asked = questions()
-    server = subprocess.Popen([sys.executable, "-m", "gazelle", "serve", str(demo_model()), "--name", "demo", "--port", "0",
-                               "--max-running", "16"], stderr=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, "-m", "gazelle", "serve", str(demo_model()), "--name", "demo",
+                               "--port", "0", "--max-running", "16"], stderr=subprocess.PIPE, text=True)
     try:
         lines = iter(server.stderr or ())
         url = next(found[1] for line in lines if (found := re.search(r"(http://\S+)/v1", line)))
@@ -162,7 +163,7 @@ def measure(requests: int) -> dict[str, Any]:
         tally = asyncio.run(load(url, psutil.Process(server.pid), asked, requests))
         seconds = time.perf_counter() - began
         until = time.monotonic() + 30
-        while not re.search(r"^gazelle_running_answers 0.0$", metrics := httpx.get(f"{url}/metrics").text, re.MULTILINE):
+        while "\ngazelle_running_answers 0.0\n" not in (metrics := httpx.get(f"{url}/metrics").text):
             assert time.monotonic() < until, "answers are still being written, though nobody waits for them"
             time.sleep(0.1)
         server.terminate()
@@ -178,8 +179,8 @@ def measure(requests: int) -> dict[str, Any]:
         "wrong": tally.wrong, "requests_per_second": round(requests / seconds, 2), "seconds": round(seconds, 1),
         "request_seconds": quantiles(tally.seconds), "first_token_seconds": quantiles(tally.first),
         "answers_by_end": dict(ended), "exit_code": code,
-        "memory_mb": {"warm": round(warm / 1e6, 1), "end": round(end / 1e6, 1), "highest": round(max(tally.memory) / 1e6, 1),
-                      "growth": round(end / warm - 1, 4)},
+        "memory_mb": {"warm": round(warm / 1e6, 1), "end": round(end / 1e6, 1),
+                      "highest": round(max(tally.memory) / 1e6, 1), "growth": round(end / warm - 1, 4)},
     }
 
 

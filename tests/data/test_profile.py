@@ -61,7 +61,8 @@ def test_drift_tells_other_texts_from_the_same() -> None:
     draw = random.Random(3)
 
     def some(low: int, high: int) -> tuple[list[int], list[int]]:
-        return [min(int(draw.expovariate(0.01)), 5000) for _ in range(draw.randint(low, high))], [7] * draw.randint(5, 9)
+        prompt = [min(int(draw.expovariate(0.01)), 5000) for _ in range(draw.randint(low, high))]
+        return prompt, [7] * draw.randint(5, 9)
 
     profile = profile_of([row(*some(20, 60)) for _ in range(600)])
     assert profile is not None

@@ -1,4 +1,4 @@
-"""A tiny random model with two adapters in folders, and servers of it: in a thread of this process, or one of their own."""
+"""A tiny random model with two adapters in folders, and servers of it: in threads of this process, or by themselves."""
 
 import re
 import subprocess
@@ -60,7 +60,8 @@ class Reference:
     def model(self, name: str) -> Any:
         if name not in self.models:
             model = LlamaForCausalLM.from_pretrained(self.folder / "base")
-            self.models[name] = (model if name == "base" else PeftModel.from_pretrained(model, self.folder / name)).eval()
+            model = model if name == "base" else PeftModel.from_pretrained(model, self.folder / name)
+            self.models[name] = model.eval()
         return self.models[name]
 
     def ids(self, messages: list[dict[str, str]]) -> list[int]:
@@ -103,7 +104,8 @@ def start(folder: Path) -> Iterator[Callable[..., Running]]:
 
     def run(keys: Keys | None = None, guard: Any = None, model: str = "base", host: str = "127.0.0.1",
             allowed_hosts: tuple[str, ...] = (), max_context: int | None = None, **limits: Any) -> Running:
-        settings = Settings(host=host, port=0, allowed_hosts=allowed_hosts, limits=Limits(**({"drain_seconds": 1} | limits)))
+        settings = Settings(host=host, port=0, allowed_hosts=allowed_hosts,
+                            limits=Limits(**({"drain_seconds": 1} | limits)))
         adapters = {name: str(folder / name) for name in ("red", "blue") if name != model}
         service = load_service(str(folder / model), adapters, settings, guard=guard, max_context=max_context,
                                keys=keys.names if keys else ())

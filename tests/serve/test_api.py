@@ -162,7 +162,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("asked", "code"), REFUSED, ids=lambda value: str(value)[:50])
-def test_what_cannot_be_is_a_clear_400(asked: dict[str, Any], code: str, client: openai.OpenAI, server: Running) -> None:
+def test_what_cannot_be_is_a_clear_400(
+    asked: dict[str, Any], code: str, client: openai.OpenAI, server: Running
+) -> None:
     with pytest.raises(openai.BadRequestError) as error:
         client.chat.completions.create(**({"model": "base", "messages": QUESTION, "temperature": 0} | asked))
     assert error.value.type == "invalid_request_error" and error.value.body["message"]
@@ -170,8 +172,9 @@ def test_what_cannot_be_is_a_clear_400(asked: dict[str, Any], code: str, client:
     eventually(lambda: server.service.worker.batcher.running == 0)
 
 
-@pytest.mark.parametrize("text", ["{{ 7*7 }}", "{% for x in ().__class__.__base__.__subclasses__() %}{{ x }}{% endfor %}",
-                                  "${7*7} #{7*7} <%= 7*7 %>"])
+@pytest.mark.parametrize("text", [
+    "{{ 7*7 }}", "{% for x in ().__class__.__base__.__subclasses__() %}{{ x }}{% endfor %}",
+    "${7*7} #{7*7} <%= 7*7 %>"])
 def test_templates_in_messages_stay_text(text: str, client: openai.OpenAI, reference: Reference) -> None:
     messages = [{"role": "user", "content": text}]
     ids = reference.ids(messages)
@@ -204,14 +207,13 @@ def test_a_client_that_goes_stops_its_answer(start: Callable[..., Running]) -> N
     body = {"model": "base", "messages": QUESTION, "temperature": 0, "max_tokens": 450,
             "stop": ["never", "ever"], "logit_bias": {}}
     for stream in (True, False):
-        before = running.service._taken
-        with httpx.Client(base_url=running.url, timeout=None if stream else 0.3) as client:  # noqa: S113
+        with httpx.Client(base_url=running.url, timeout=None if stream else 0.3) as client:
             try:
                 with client.stream("POST", "/v1/chat/completions", json=body | {"stream": stream}) as answer:
                     next(answer.iter_bytes())
             except httpx.ReadTimeout:
                 assert not stream
-        eventually(lambda: batcher.running == 0 and running.service._taken == before, 5)
+        eventually(lambda: batcher.running == 0 and running.service._taken == 0, 5)
     ends = dict(re.findall(r'gazelle_answers_total\{finish="(\w+)",model="base"\} (\d+)', running.metrics()))
     assert int(ends["cancelled"]) + int(ends.get("length", 0)) == 2  # a quick machine writes the second in time
 
@@ -228,5 +230,6 @@ def test_time_and_places_are_limited(start: Callable[..., Running]) -> None:
         full = client.post("/v1/completions", json={"model": "base", "prompt": ["a"] * 4, "max_tokens": 1})
         assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
         assert full.json()["error"]["type"] == "rate_limit_error"
-        assert client.post("/v1/completions", json={"model": "base", "prompt": ["a"] * 3, "max_tokens": 1}).status_code == 200
+        fits = client.post("/v1/completions", json={"model": "base", "prompt": ["a"] * 3, "max_tokens": 1})
+        assert fits.status_code == 200
     eventually(lambda: running.service._taken == 0)

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -18,10 +17,11 @@ def test_a_file_holds_hashes_alone(tmp_path: Path) -> None:
     text = path.read_text()
     assert not any(key in text or key[3:] in text for key in keys.values())
     assert json.loads(text)["keys"]["alice"] == hashlib.sha256(keys["alice"].encode()).hexdigest()
-    assert os.stat(path).st_mode & 0o777 == 0o600
+    assert path.stat().st_mode & 0o777 == 0o600
     held = read_keys(path)
     assert {name: held.name_of(key) for name, key in keys.items()} == {"alice": "alice", "bob": "bob"}
-    for wrong in ("", "gz-", keys["alice"][:-1], keys["alice"] + "x", "ключ", "\udcff", json.loads(text)["keys"]["bob"]):
+    digest = json.loads(text)["keys"]["bob"]
+    for wrong in ("", "gz-", keys["alice"][:-1], keys["alice"] + "x", "ключ", "\udcff", digest):
         assert held.name_of(wrong) is None
     revoke_key(path, "alice")
     assert read_keys(path).names == ["bob"]
@@ -37,7 +37,8 @@ def test_mistakes_are_told(tmp_path: Path) -> None:
             add_key(path, name)
     with pytest.raises(OptionError, match="no such key"):
         revoke_key(path, "bob")
-    for content in ("", "[]", '{"keys": 3}', '{"keys": {"a": "00"}}', '{"keys": {"a/b": "' + "0" * 64 + '"}}', '{"keys": {}}'):
+    for content in ("", "[]", '{"keys": 3}', '{"keys": {"a": "00"}}', '{"keys": {"a/b": "' + "0" * 64 + '"}}',
+                    '{"keys": {}}'):
         path.write_text(content)
         with pytest.raises(OptionError):
             read_keys(path)

@@ -22,7 +22,7 @@ from gazelle.serve.monitoring import FILES
 from gazelle.train.telemetry import Telemetry
 
 ALWAYS = {"instance", "job", "le"}
-WORDS = {"sum", "by", "rate", "histogram_quantile", "increase", "count", "ignoring", "min_over_time", "changes", "and", "le"}
+WORDS = {"sum", "by", "rate", "histogram_quantile", "increase", "count", "ignoring", "min_over_time", "changes", "and"}
 
 
 class Idle:
@@ -77,7 +77,7 @@ def complaints(expression: str, shown: str, metrics: dict[str, set[str]]) -> lis
     found += [f"{label} is not there to be shown" for label in re.findall(r"\{\{\s*(?:\$labels\.)?(\w+)\s*\}\}", shown)
               if label not in visible]
     words = re.findall(r"[a-z_]\w*(?=\s*\()", re.sub(r"\{[^}]*\}", "", expression))
-    return found + [f"unknown function {word}" for word in words if word not in WORDS and not word.startswith("gazelle_")]
+    return found + [f"unknown function {word}" for word in words if word not in WORDS]
 
 
 def test_every_expression_asks_for_what_there_is(written: Path) -> None:
@@ -103,7 +103,8 @@ def test_the_check_itself_notices(expression: str, shown: str) -> None:
 def test_the_board_is_one_that_grafana_takes(written: Path) -> None:
     board = json.loads((written / "grafana.json").read_text())
     ids = [panel["id"] for panel in board["panels"]]
-    assert len(set(ids)) == len(ids) and board["schemaVersion"] and board["templating"]["list"][0]["type"] == "datasource"
+    assert len(set(ids)) == len(ids) and board["schemaVersion"]
+    assert board["templating"]["list"][0]["type"] == "datasource"
     places = [(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in board["panels"]]
     assert len(set(places)) == len(places)
     rows = [panel["title"] for panel in board["panels"] if panel["type"] == "row"]
@@ -112,7 +113,8 @@ def test_the_board_is_one_that_grafana_takes(written: Path) -> None:
 
 def values(running: Running) -> dict[tuple[str, frozenset[tuple[str, str]]], float]:
     families = text_string_to_metric_families(running.metrics())
-    return {(sample.name, frozenset(sample.labels.items())): sample.value for family in families for sample in family.samples}
+    return {(sample.name, frozenset(sample.labels.items())): sample.value
+            for family in families for sample in family.samples}
 
 
 def test_what_is_counted_is_what_happened(start: Callable[..., Running], reference: Reference) -> None:
@@ -140,7 +142,8 @@ def test_what_is_counted_is_what_happened(start: Callable[..., Running], referen
     assert value("gazelle_first_token_seconds_count", model="red") == 6
     assert value("gazelle_inter_token_seconds_count", model="red") == 6
     assert value("gazelle_request_seconds_count", path="/v1/completions") == 4
-    assert 0 < value("gazelle_inter_token_seconds_sum", model="red") < value("gazelle_request_seconds_sum", path="/v1/completions")
+    assert 0 < value("gazelle_inter_token_seconds_sum", model="red") \
+        < value("gazelle_request_seconds_sum", path="/v1/completions")
     assert value("gazelle_host_memory_bytes", kind="total") > value("gazelle_host_memory_bytes", kind="available") > 0
     assert value("gazelle_running_answers") == 0 and value("gazelle_queue_answers") == 0
 
@@ -170,7 +173,8 @@ def test_drift_and_declining_are_seen(reference: Reference) -> None:
         metrics.answer(Told(model, "anonymous", prompt, [2] * 8, text, finish))
 
     for number in range(6):
-        told("base", "I'm sorry, but I can't help with that." if number % 2 else "Sorry seems to be the hardest word.", [9] * 60)
+        text = "I'm sorry, but I can't help with that." if number % 2 else "Sorry seems to be the hardest word."
+        told("base", text, [9] * 60)
     told("red", "抱歉,我无法回答。", [1])
     told("red", "I am sorry", [1], finish="cancelled")
     found = {(sample.name, *sample.labels.values()): sample.value

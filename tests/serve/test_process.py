@@ -22,8 +22,9 @@ QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 def process(folder: Path, tmp_path: Path) -> Iterator[tuple[Process, str]]:
     """red served as what training wrote, blue beside it, with a key."""
     key = add_key(tmp_path / "keys.json", "alice")
-    running = Process(str(folder / "red"), "--adapter", f"sky={folder / 'blue'}", "--api-keys", str(tmp_path / "keys.json"),
-                      "--temperature", "0", "--max-running", "4", "--max-queue", "2", "--max-body", "100kB")
+    running = Process(str(folder / "red"), "--adapter", f"sky={folder / 'blue'}", "--api-keys",
+                      str(tmp_path / "keys.json"), "--temperature", "0", "--max-running", "4", "--max-queue", "2",
+                      "--max-body", "200kB")
     try:
         yield running, key
     finally:
@@ -45,7 +46,7 @@ def test_a_server_from_its_first_answer_to_its_last(process: tuple[Process, str]
         with pytest.raises(openai.RateLimitError):
             client.completions.create(model="red", prompt=["a"] * 7)
         with pytest.raises(openai.APIStatusError) as large:
-            client.completions.create(model="red", prompt="a" * 200_000)
+            client.completions.create(model="red", prompt="a" * 300_000)
         assert large.value.status_code == 413
 
         # SIGTERM while an answer is being streamed: it comes to its end, nobody else is let in, exit code 0.
@@ -93,9 +94,9 @@ def test_mistakes_are_told_before_a_model_is_loaded(folder: Path, tmp_path: Path
         taken.listen()
         for arguments, said in (
             (["nowhere", "--port", str(taken.getsockname()[1])], "cannot listen"),
-            (["nowhere", "--adapter", "x"], "NAME=PATH"), (["nowhere", "--api-keys", str(tmp_path / "no.json")], "no such file"),
-            (["nowhere", "--guard", str(tmp_path / "no.yaml")], "no such file"), (["nowhere", "--max-body", "big"], "size"),
-            ([], "MODEL"),
+            (["nowhere", "--adapter", "x"], "NAME=PATH"), (["nowhere", "--max-body", "big"], "size"), ([], "MODEL"),
+            (["nowhere", "--api-keys", str(tmp_path / "no.json")], "no such file"),
+            (["nowhere", "--guard", str(tmp_path / "no.yaml")], "no such file"),
         ):
             assert main(["serve", *arguments]) == 2
             assert said in capsys.readouterr().err, arguments

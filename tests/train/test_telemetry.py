@@ -14,8 +14,8 @@ from transformers import TrainerCallback
 from gazelle import SFTConfig, SFTTrainer
 from gazelle.__main__ import main
 from gazelle.base.errors import OptionError
-from gazelle.models.record import read_record
 from gazelle.data.profile import Profile
+from gazelle.models.record import read_record
 
 
 def free_port() -> int:

@@ -12,7 +12,6 @@ from typing import Any
 from starlette.responses import Response
 
 from gazelle.base.errors import UserError
-from gazelle.base.log import logger
 from gazelle.generate.request import Event, Request
 from gazelle.generate.sample import Logprob
 from gazelle.generate.worker import WorkerStoppedError

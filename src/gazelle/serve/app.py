@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
@@ -18,7 +18,15 @@ from gazelle.serve.forms import ChatForm, CompletionForm
 from gazelle.serve.gate import Gate
 from gazelle.serve.keys import Keys
 from gazelle.serve.schema import (
-    ChatCompletion, ChatRequest, Completion, CompletionRequest, ErrorAnswer, Feedback, FeedbackTaken, Health, Model,
+    ChatCompletion,
+    ChatRequest,
+    Completion,
+    CompletionRequest,
+    ErrorAnswer,
+    Feedback,
+    FeedbackTaken,
+    Health,
+    Model,
     ModelList,
 )
 from gazelle.serve.service import Service
@@ -40,7 +48,7 @@ def create_app(service: Service, keys: Keys | None = None) -> Gate:
         keys: None asks for none.
     """
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         service.close()
 
@@ -102,7 +110,7 @@ def create_app(service: Service, keys: Keys | None = None) -> Gate:
     return Gate(app, service.settings, keys, service.metrics)
 
 
-async def _invalid(request: Request, error: Exception) -> Response:
+async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)  # noqa: S101 — for the type checker: it is registered for these
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"] if part != "body")
@@ -113,7 +121,7 @@ async def _invalid(request: Request, error: Exception) -> Response:
     return _json(refused(f"{where or 'body'}: {first['msg']}.", where or None))
 
 
-async def _no_such(request: Request, error: Exception) -> Response:
+async def _no_such(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)  # noqa: S101 — as above
     known = {404: ("There is nothing at this address.", "not_found"),
              405: ("This address does not take that method.", "method_not_allowed")}
@@ -121,7 +129,7 @@ async def _no_such(request: Request, error: Exception) -> Response:
     return _json(ApiError(error.status_code, message, code, headers=error.headers))
 
 
-async def _refused(request: Request, error: Exception) -> Response:
+async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)  # noqa: S101 — as above
     return _json(error)
 

@@ -8,7 +8,13 @@ from gazelle.generate.request import Event
 from gazelle.generate.sample import Logprob
 from gazelle.serve.guarding import Guard, check_tellable
 from gazelle.serve.prompts import (
-    Job, ServedModel, chat_ids, chat_messages, completion_ids, prompt_count, sampling_of,
+    Job,
+    ServedModel,
+    chat_ids,
+    chat_messages,
+    completion_ids,
+    prompt_count,
+    sampling_of,
 )
 from gazelle.serve.schema import ChatRequest, CompletionRequest
 from gazelle.serve.service import now

@@ -18,8 +18,9 @@ _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768)
 # How models that were taught to decline begin. A rough count, for watching how it moves.
 _DECLINED = re.compile(
-    r"\s*(?:i(?:['’]?m| am) (?:very |so )?(?:sorry|unable)|sorry, |i (?:can(?:no|['’])t|won['’]?t) (?:help|assist|answer|do|"
-    r"provide|comply)|i(?:['’]m| am) not able to|as an ai\b|(?:很|非常)?抱歉|对不起|我(?:无法|不能)(?:回答|帮|提供|协助))", re.IGNORECASE)
+    r"\s*(?:i(?:['’]?m| am) (?:very |so )?(?:sorry|unable)|sorry, "
+    r"|i (?:can(?:no|['’])t|won['’]?t) (?:help|assist|answer|do|provide|comply)|i(?:['’]m| am) not able to|as an ai\b"
+    r"|(?:很|非常)?抱歉|对不起|我(?:无法|不能)(?:回答|帮|提供|协助))", re.IGNORECASE)
 
 
 class Load(Protocol):

@@ -1,4 +1,4 @@
-"""From a request to the ids that the model reads and the options it answers with. Runs in threads: texts may be long."""
+"""From a request to the ids that the model reads and the options it answers with. It runs in threads."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import jinja2
 
 from gazelle.data.profile import Drift
 from gazelle.generate.options import Sampling
-from gazelle.serve.errors import ApiError, refused
+from gazelle.serve.errors import refused
 from gazelle.serve.guarding import Guard
 from gazelle.serve.schema import ChatRequest, CompletionRequest, Message, ResponseFormat
 from gazelle.serve.settings import Settings
@@ -171,7 +171,8 @@ def sampling_of(request: ChatRequest | CompletionRequest, prompt: int, choice: i
     return Sampling(max_new_tokens=asked or most, temperature=temperature, top_p=request.top_p or 1.0,
                     top_k=request.top_k or 0, repetition_penalty=request.repetition_penalty or 1.0,
                     presence_penalty=request.presence_penalty or 0.0,
-                    frequency_penalty=request.frequency_penalty or 0.0, seed=seed, stop=request.stops, schema=schema, logprobs=logprobs)
+                    frequency_penalty=request.frequency_penalty or 0.0, seed=seed, stop=request.stops,
+                    schema=schema, logprobs=logprobs)
 
 
 def _text(message: Message, where: str) -> str:
@@ -201,6 +202,5 @@ def _schema(wanted: ResponseFormat | None, settings: Settings) -> dict[str, Any]
     except (ValueError, RecursionError) as error:
         raise refused("The JSON schema is no JSON.", "response_format") from error
     if size > settings.limits.schema_bytes:
-        raise ApiError(400, f"The JSON schema is larger than {settings.limits.schema_bytes:,} bytes.", "invalid_value",
-                       param="response_format")
+        raise refused(f"The JSON schema is larger than {settings.limits.schema_bytes:,} bytes.", "response_format")
     return schema
