@@ -33,7 +33,7 @@ from gazelle.cli.demo import demo_model
 from gazelle.models.load import load_model
 from gazelle.models.special_tokens import stop_ids
 
-CLIENTS, QUESTIONS, TOKENS, LONG = 32, 3, 6, 64
+CLIENTS, QUESTIONS, TOKENS, LONG = 32, 2, 6, 64
 BROKEN_OFF = 10  # every so many-th request
 WORDS = ("heron", "anvil", "maple", "cobalt", "lantern", "otter", "saffron", "glacier", "thimble", "walnut", "harbour",
          "comet", "velvet", "badger", "marble", "tulip")

@@ -44,8 +44,8 @@ def load_service(model_name: str, adapters: Mapping[str, str], settings: Setting
         UserError: a name that is taken, or a model or adapter that cannot be served.
     """
     checkpoint = find_checkpoint(model_name)
-    own = name or Path(model_name.rstrip("/")).name.removesuffix(".gguf")
-    base = Path(str(checkpoint.adapter["base_model_name_or_path"])).name if checkpoint.adapter else None
+    own = name or _called(model_name)
+    base = _called(str(checkpoint.adapter["base_model_name_or_path"])) if checkpoint.adapter else None
     for taken in {own, base} & adapters.keys():
         raise OptionError("two models have the same name", where="--adapter", found=taken,
                           expected="a name of its own for each", fix="choose another, or give the model one by --name")
@@ -84,6 +84,12 @@ def load_guard(path: Path | None) -> "SafetyChecker | None":
     from gazelle.guard.checker import SafetyChecker
 
     return SafetyChecker.from_config(path)
+
+
+def _called(path: str) -> str:
+    """The last part of a path or hub name; of "." and "..", that of where they lead to."""
+    last = Path(path).name
+    return (last if last not in ("", "..") else Path(path).resolve().name).removesuffix(".gguf")
 
 
 def _tokenizer(path: str, of_model: Any) -> Any:
