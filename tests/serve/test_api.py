@@ -218,6 +218,40 @@ def test_a_client_that_goes_stops_its_answer(start: Callable[..., Running]) -> N
     assert int(ends["cancelled"]) + int(ends.get("length", 0)) == 2  # a quick machine writes the second in time
 
 
+def test_a_worker_that_has_ended_is_told(start: Callable[..., Running]) -> None:
+    running = start()
+    running.service.worker.stop()
+    health = httpx.get(f"{running.url}/health")
+    assert health.status_code == 503 and health.json() == {"status": "failed"}
+    answer = httpx.post(f"{running.url}/v1/chat/completions", json={"model": "base", "messages": QUESTION})
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "worker_failed"
+
+
+def test_a_model_that_fails_fails_one_request(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault in a step is a 500 in OpenAI's form, whole or as the last event of a stream; the next request is fine."""
+    running = start()
+    ask = {"model": "base", "messages": QUESTION, "max_tokens": 30, "temperature": 0}
+    runner = running.service.worker.batcher.runner
+    steps = []
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        if len(steps) % 6 == 0:
+            raise RuntimeError("on purpose")
+        return type(runner).run(runner, *args, **kwargs)
+
+    with httpx.Client(base_url=running.url, timeout=30) as client:
+        monkeypatch.setattr(runner, "run", failing)
+        whole = client.post("/v1/chat/completions", json=ask)
+        streamed = client.post("/v1/chat/completions", json=ask | {"stream": True})
+        monkeypatch.undo()
+        assert whole.status_code == 500 and whole.json()["error"]["type"] == "server_error"
+        last = streamed.text.strip().split("\n\n")[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "worker_failed"
+        assert client.post("/v1/chat/completions", json=ask).status_code == 200
+    eventually(lambda: running.service._taken == 0)
+
+
 def test_time_and_places_are_limited(start: Callable[..., Running]) -> None:
     running = start(running=2, queue=1, seconds=0.4)
     slow = {"model": "base", "messages": QUESTION, "temperature": 0, "max_tokens": 480}

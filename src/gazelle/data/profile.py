@@ -124,9 +124,10 @@ class Drift:
 
     def indices(self) -> dict[str, float]:
         """The index of each statistic that training has; none while too few requests were seen."""
-        if len(self._seen) < self._least:
+        window = list(self._seen)  # others may add while this is being counted
+        if len(window) < self._least:
             return {}
-        found = {name: np.sum([seen[name] for seen in self._seen], axis=0).tolist() for name in self._profile.counts}
+        found = {name: np.sum([seen[name] for seen in window], axis=0).tolist() for name in self._profile.counts}
         return {name: stability_index(self._profile.counts[name], counts)
                 for name, counts in found.items() if sum(counts)}
 

@@ -12,6 +12,7 @@ from typing import Any
 from starlette.responses import Response
 
 from gazelle.base.errors import UserError
+from gazelle.base.log import logger
 from gazelle.generate.request import Event, Request
 from gazelle.generate.sample import Logprob
 from gazelle.generate.worker import WorkerStoppedError
@@ -105,8 +106,11 @@ class Answer(Response):
         """Prepare in a thread, where long texts hold up nobody, and ask the worker."""
         loop = asyncio.get_running_loop()
         service = self._service
-        jobs = await loop.run_in_executor(service.pool, self._form.jobs, self._model, service.settings,
-                                          service.guard)
+        try:
+            jobs = await loop.run_in_executor(service.pool, self._form.jobs, self._model, service.settings,
+                                              service.guard)
+        except UserError as error:
+            raise from_user_error(error) from error
         for index, job in enumerate(jobs):
             self._choices.append(choice := Choice(job))
             asked = loop.run_in_executor(service.pool, functools.partial(
@@ -149,7 +153,8 @@ class Answer(Response):
                 if choice.finish is not None:
                     continue  # the guard ended it, and the worker had not heard of that yet
                 if event.error is not None:
-                    raise _failed(event.error)
+                    logger.error("an answer failed: %s", event.error)
+                    raise ApiError(500, "The model failed; the server's log says why.", "worker_failed")
                 if event.finish_reason == "cancelled":
                     raise unavailable("The server is shutting down.", "shutting_down")
                 yield choice, index, await self._noted(choice, event)
@@ -195,12 +200,6 @@ class Answer(Response):
             metrics.inter_token.labels(self._model.name).observe((choice.last_at - choice.first_at) / (written - 1))
         metrics.answer(Told(self._model.name, self._key, choice.job.ids, choice.ids, choice.text[:200],
                             choice.finish or "cancelled"))
-
-
-def _failed(error: Exception) -> ApiError:
-    if isinstance(error, UserError):
-        return from_user_error(error)
-    return ApiError(500, "The model failed; the server's log says why.", "worker_failed")
 
 
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),

@@ -1,5 +1,6 @@
 """The application: OpenAI's endpoints, health, metrics and feedback."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
@@ -15,7 +16,7 @@ from gazelle import __version__
 from gazelle.serve.answers import Answer
 from gazelle.serve.errors import ApiError, refused
 from gazelle.serve.forms import ChatForm, CompletionForm
-from gazelle.serve.gate import Gate
+from gazelle.serve.gate import Gate, failure
 from gazelle.serve.keys import Keys
 from gazelle.serve.schema import (
     ChatCompletion,
@@ -58,6 +59,7 @@ def create_app(service: Service, keys: Keys | None = None) -> Gate:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _no_such)
     app.add_exception_handler(ApiError, _refused)
+    app.add_exception_handler(Exception, _failed)
 
     @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAM)
     async def chat(body: ChatRequest, request: Request) -> Response:
@@ -105,7 +107,7 @@ def create_app(service: Service, keys: Keys | None = None) -> Gate:
     @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """For Prometheus."""
-        return Response(service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await asyncio.to_thread(service.metrics.text), media_type=CONTENT_TYPE_LATEST)
 
     return Gate(app, service.settings, keys, service.metrics)
 
@@ -132,6 +134,10 @@ async def _no_such(_: Request, error: Exception) -> Response:
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)  # noqa: S101 — as above
     return _json(error)
+
+
+async def _failed(_: Request, error: Exception) -> Response:  # noqa: ARG001 — the gate logs it
+    return _json(failure())
 
 
 def _json(error: ApiError) -> Response:

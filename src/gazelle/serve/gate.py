@@ -46,13 +46,15 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, status = time.perf_counter(), 0
+        began, status, whole = time.perf_counter(), 0, False
         state = scope.setdefault("state", {})
 
         async def counted(message: MutableMapping[str, Any]) -> None:
-            nonlocal status
+            nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
+            else:
+                whole = not message.get("more_body", False)
             await send(message)
 
         try:
@@ -71,9 +73,10 @@ class Gate:
                 await answer_error(error, counted)
         except Exception:
             logger.exception("an answer failed: %s %s", scope["method"], scope["path"])
-            if status:
+            if not status:
+                await answer_error(failure(), counted)
+            elif not whole:
                 raise
-            await answer_error(ApiError(500, "The server failed; its log says why.", "internal_error"), counted)
         finally:
             self._metrics.request(scope["path"], state, status or 499, time.perf_counter() - began)
 
@@ -151,6 +154,11 @@ async def until_gone(receive: Receive, work: Awaitable[None]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def failure() -> ApiError:
+    """A fault of ours."""
+    return ApiError(500, "The server failed; its log says why.", "internal_error")
 
 
 async def answer_error(error: ApiError, send: Send) -> None:
