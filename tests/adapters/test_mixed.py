@@ -47,6 +47,7 @@ def together(model, mixed, asked, lengths):
         for layer in inner.model.layers:
             hidden = hidden + layer.mlp(hidden) + layer.self_attn.o_proj(layer.self_attn.q_proj(hidden))
             hidden = hidden + layer.self_attn.v_proj(hidden).sum(-1, keepdim=True)
+            hidden = torch.nn.functional.layer_norm(hidden, hidden.shape[-1:])
         out = inner.lm_head(hidden)
     return out[0]
 

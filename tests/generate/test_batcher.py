@@ -102,10 +102,10 @@ def test_a_cancelled_request_frees_its_cache_at_the_next_step(letters):
 
 
 def test_ends_at_stop_tokens_and_stop_strings(letters, alone):
-    model = model_of()
+    model = model_of("qwen3", num_hidden_layers=4)
     prompt = [5, 6, 7, 8]
     answer = alone(model, prompt, 12)
-    place = next(at for at in range(2, 12) if answer[at] not in answer[:at])
+    place = next(at for at in range(11, 1, -1) if answer[at] not in answer[:at])
     word = letters.decode(answer[place:place + 2])
     first = letters.decode(answer).find(word)
     with Batcher(model, letters) as batcher:

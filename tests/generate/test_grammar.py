@@ -22,7 +22,7 @@ def batcher(_demo):
 
 def test_valid_json_greedy_and_drawn_beside_free_answers(batcher, demo_tokenizer):
     prompt = demo_tokenizer("Describe a person.")["input_ids"]
-    held = [batcher.submit(prompt, Sampling(max_new_tokens=60, schema=SCHEMA, temperature=heat, seed=seed))
+    held = [batcher.submit(prompt, Sampling(max_new_tokens=80, schema=SCHEMA, temperature=heat, seed=seed))
             for heat, seed in ((0.0, 0), (1.0, 1), (1.8, 2))]
     free = batcher.submit(prompt, Sampling(max_new_tokens=8))
     drive(batcher)

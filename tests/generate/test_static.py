@@ -46,6 +46,7 @@ def test_adapters_mixed(letters, prompts):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_recorded_on_a_gpu(letters, prompts):
     model = mixed().to("cuda")
     rows = prompts(4, 5, 6, 7, 8, 9)

@@ -25,7 +25,7 @@ def worker(letters):
 
 def test_many_threads_get_their_own_answers(worker, alone, prompts):
     rows = prompts(*range(2, 22))
-    model, got = worker.batcher._model, {}
+    model, got = worker.batcher.runner.inner, {}
 
     def ask(number):
         got[number] = [token for event in worker.stream(rows[number], Sampling(max_new_tokens=6))
@@ -54,7 +54,7 @@ def test_from_asyncio(worker):
 
 
 def test_an_error_in_a_step_ends_its_requests_and_nothing_else(worker, monkeypatch, alone):
-    run, model = worker.batcher.runner.run, worker.batcher._model
+    run, model = worker.batcher.runner.run, worker.batcher.runner.inner
 
     def fail(rows):
         monkeypatch.setattr(worker.batcher.runner, "run", run)
@@ -66,6 +66,25 @@ def test_an_error_in_a_step_ends_its_requests_and_nothing_else(worker, monkeypat
     answer = [token for event in worker.stream([3, 4], Sampling(max_new_tokens=5)) for token in event.tokens]
     assert answer == alone(model, [3, 4], 5)
     assert worker.failures == 1 and worker.batcher.cached_tokens == 0
+
+
+def test_who_was_cancelled_just_then_is_told_too(worker, monkeypatch):
+    run, told, asked = worker.batcher.runner.run, [], threading.Event()
+
+    def fail(rows):
+        if not second.cancelled:
+            asked.set()
+            return run(rows)
+        monkeypatch.setattr(worker.batcher.runner, "run", run)
+        raise RuntimeError("out of luck")
+
+    second = worker.submit([5], Sampling(max_new_tokens=100), deliver=told.append)
+    monkeypatch.setattr(worker.batcher.runner, "run", fail)
+    worker.submit([3, 4], Sampling(max_new_tokens=100), deliver=told.append)
+    assert asked.wait(10)
+    worker.cancel(second)
+    assert worker.drain(10)
+    assert [event.finish_reason for event in told if event.finish_reason] == ["cancelled", "error"]
 
 
 def test_a_listener_that_fails_is_cancelled(worker):

@@ -165,7 +165,7 @@ class MixedAdapters:
                 return y
             down = nn.functional.embedding(x, a.T)[..., self._span] if embeds \
                 else nn.functional.linear(x.to(a.dtype), a[self._span])
-            if self._mask is not None:
+            if self._mask is not None and self._kept is not None:
                 down = down * (self._mask if down.shape[-2] == len(self._mask) else self._kept)
             return y + (down @ b[self._span]).to(y.dtype)
 
@@ -218,7 +218,6 @@ def _read(model: Any, folder: Path) -> list[Factors]:
     finally:
         if adapted is not None:
             adapted.unload()
-            vars(model).pop("peft_config", None)  # PEFT leaves it behind, most times
         _put_back(model, learnt)
 
 

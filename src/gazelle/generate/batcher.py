@@ -3,13 +3,13 @@
 import itertools
 import threading
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from gazelle.adapters.mixed import MixedAdapters
 from gazelle.adapters.unwrap import unwrap
-from gazelle.base.errors import ModelError, OptionError
+from gazelle.base.errors import OptionError
 from gazelle.base.log import say_once
 from gazelle.generate.grammar import Grammars
 from gazelle.generate.options import Sampling
@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 class Batcher:
     """Generates many answers at a time, one token of each a step.
 
-    `submit` and `cancel` may be called from any thread, everything else from one. The model is in evaluation mode, and
-    its layers carry the adapters, until `close`.
+    `prepare`, `enqueue`, `submit` and `cancel` may be called from any thread, everything else from one. The model is in
+    evaluation mode, and its layers carry the adapters, until `close`.
 
     Args:
         model: a causal language model, with or without an adapter.
@@ -41,7 +41,8 @@ class Batcher:
         adapters: folders with LoRA adapters, by the names that requests ask for them.
         max_running: requests at a time; others wait.
         max_context: tokens that a prompt and its answer may have; None for the model's own limit.
-        cache_tokens: tokens that the cache has room for; None for all that can run, or half of the free memory.
+        cache_tokens: tokens that the cache has room for; None for all that can run, or half of the free memory. A CPU's
+            memory is taken as pages are first used, and kept.
         page_size: tokens of a page.
         step_tokens: tokens of prompts that a step takes, so that running answers need not wait for long ones.
         share_prefixes: whether prompts that begin alike, under the same adapter, share that part of the cache.
@@ -67,18 +68,18 @@ class Batcher:
         self.tokenizer = tokenizer
         self.ends = frozenset(end_tokens(inner, tokenizer))
         self.vocabulary = inner.get_output_embeddings().weight.shape[0]
-        self.adapters = MixedAdapters(model, adapters)
-        self._model, self._modes = inner, [(module, module.training) for module in inner.modules()]
-        inner.eval()
         reason = supports_packing(inner)
         count = pages_for(inner, max_running * self.max_context if cache_tokens is None else cache_tokens, page_size,
                           exact=cache_tokens is not None)
         self.pages = Pages(count, page_size, share=share_prefixes and not reason)
+        self.adapters = MixedAdapters(model, adapters)
+        self._modes = [(module, module.training) for module in inner.modules()]
+        inner.eval()
         self.runner: Runner
         if reason:
             say_once(f"answers are computed one by one, without a paged cache: {reason}")
             self.runner = PlainRunner(model, self.adapters)
-            self._kind = lambda _: None
+            self._kind: Callable[[int], Hashable] = lambda _: None
         else:
             on_gpu = inner.get_input_embeddings().weight.device.type == "cuda"
             self.runner = PagedRunner(model, self.adapters, PagedCache(count, page_size),
@@ -90,6 +91,7 @@ class Batcher:
         self._inbox: deque[Request] = deque()
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []
+        self._untold: list[Event] = []  # events of a step that failed afterwards
         self.preempted = 0
 
     def __enter__(self) -> "Batcher":
@@ -124,7 +126,13 @@ class Batcher:
         return self.pages.count * self.pages.size
 
     def submit(self, ids: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Request:
-        """Let a prompt be answered; it waits until there is room.
+        """`prepare` and `enqueue`: let a prompt be answered as soon as there is room."""
+        request = self.prepare(ids, sampling, adapter)
+        self.enqueue(request)
+        return request
+
+    def prepare(self, ids: Sequence[int], sampling: Sampling, adapter: str | None = None) -> Request:
+        """Check a prompt and what is asked. A schema takes a while, the first one seconds.
 
         Args:
             ids: the prompt.
@@ -148,11 +156,13 @@ class Batcher:
                               found=f"{len(ids)} + {asked} tokens", expected=f"at most {most} together",
                               fix="shorten the prompt or lower max_new_tokens")
         grammar = None if sampling.schema is None else self._grammars.of_schema(sampling.schema)
-        request = Request(ids, sampling, adapter, asked, Chooser(sampling, ids, grammar),
-                          Pieces(self.tokenizer, sampling.stop))
+        return Request(ids, sampling, adapter, asked, Chooser(sampling, ids, grammar),
+                       Pieces(self.tokenizer, sampling.stop))
+
+    def enqueue(self, request: Request) -> None:
+        """Let a prepared request take part from the next step on. May be called from any thread."""
         with self._lock:
             self._inbox.append(request)
-        return request
 
     def cancel(self, request: Request) -> None:
         """Stop answering; the next step frees what the request has, and says so with an event."""
@@ -164,7 +174,8 @@ class Batcher:
         Raises:
             Exception: whatever the model raised. `abort` has to follow.
         """
-        events = self._collect()
+        self._untold = self._collect()
+        events = list(self._untold)
         scheduled = self._schedule()
         if not scheduled:
             return events
@@ -178,7 +189,8 @@ class Batcher:
 
     def abort(self, error: Exception) -> list[Event]:
         """Give up all requests that are being answered, because a step failed; those that wait go on waiting."""
-        return [self._finish(request, "error", error=error) for request in list(self._running)]
+        untold, self._untold = self._untold, []
+        return untold + [self._finish(request, "error", error=error) for request in list(self._running)]
 
     def close(self) -> None:
         """Put the model back into the state it was in."""
@@ -263,11 +275,9 @@ class Batcher:
         self.pages.release(request.pages)
         request.pages, request.computed, request.registered = [], 0, 0
 
-    def _advance(self, request: Request, token: int | None, logprob: Logprob | None) -> Event:
+    def _advance(self, request: Request, token: int | None, logprob: Logprob | None, error: Exception | None) -> Event:
         if token is None:
-            return self._finish(request, "error", error=ModelError(
-                "the model's logits hold a NaN", where="generation", found="NaN", expected="numbers",
-                fix="load the model in bfloat16 or float32"))
+            return self._finish(request, "error", error=error)
         request.tokens.append(token)
         logprobs = () if logprob is None else (logprob,)
         sampling = request.sampling

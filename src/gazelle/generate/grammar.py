@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+class GrammarError(RuntimeError):
+    """An answer cannot go on as its schema wants it."""
+
+
 class Grammars:
     """Makes one `Grammar` an answer; the tokenizer is read once, when the first is made.
 
@@ -44,7 +48,9 @@ class Grammars:
             self._read = require("llguidance.hf").from_tokenizer(self._tokenizer, n_vocab=self._rows,
                                                                  eos_token=list(self._ends))
         try:
-            text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            # White space at will lets a small model write nothing else until its tokens are used up.
+            text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema),
+                                                                 defaults={"whitespace_flexible": False})
         except ValueError as error:
             raise _refused(schema, str(error)) from error
         if problem := llguidance.LLMatcher.validate_grammar(text, self._read):
@@ -68,7 +74,7 @@ class Grammar:
     def take(self, token: int) -> None:
         """Go on after `token`."""
         if not self._matcher.consume_token(token):
-            raise RuntimeError(f"the grammar does not go on: {self._matcher.get_error()}")
+            raise GrammarError(f"the answer cannot go on as its schema wants it: {self._matcher.get_error()}")
 
     @property
     def complete(self) -> bool:

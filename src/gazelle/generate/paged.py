@@ -36,7 +36,8 @@ class PagedCache:
         self.pages, self.size = pages, size
         self.scratch = pages
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
-        self.slots: Tensor | None = None  # [T]: where each token of the step goes, in tokens from the first page
+        # [T]: where each token of the step goes, in tokens from the first page
+        self.slots = torch.empty(0, dtype=torch.long)
 
     def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Keep `key` and `value` [1, G, T, D]."""

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gazelle.generate.grammar import Grammar
+from gazelle.base.errors import ModelError
+from gazelle.generate.grammar import Grammar, GrammarError
 from gazelle.generate.options import Sampling
 
 
@@ -19,10 +20,11 @@ class Logprob(NamedTuple):
 
 
 class Choice(NamedTuple):
-    """The next token of a row, or None if the logits hold a NaN."""
+    """The next token of a row, or what is wrong with that row alone."""
 
     token: int | None
-    logprob: Logprob | None
+    logprob: Logprob | None = None
+    error: Exception | None = None
 
 
 class Chooser:
@@ -102,10 +104,16 @@ def choose_all(logits: Tensor, choosers: Sequence[Chooser], answers: Sequence[Se
     found = []
     for row, chooser in enumerate(choosers):
         if taken[1][row]:
-            found.append(Choice(None, None))
+            found.append(Choice(None, error=ModelError(
+                "the model's logits hold a NaN", where="generation", found="NaN", expected="numbers",
+                fix="load the model in bfloat16 or float32")))
             continue
-        # Each row is in float32 by itself: a batch of large vocabularies would need a lot of room.
-        token = taken[0][row] if chooser.plain else chooser.choose(logits[row].float(), answers[row])
+        try:
+            # Each row is in float32 by itself: a batch of large vocabularies would need a lot of room.
+            token = taken[0][row] if chooser.plain else chooser.choose(logits[row].float(), answers[row])
+        except GrammarError as error:
+            found.append(Choice(None, error=error))
+            continue
         wanted = chooser.sampling.logprobs
         found.append(Choice(token, None if wanted is None else _logprob(logits[row], token, wanted)))
     return found

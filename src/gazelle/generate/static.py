@@ -7,7 +7,7 @@ Shapes: R rows, B pages a row, C columns of all adapters, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class StaticDecode:
     def __init__(self, runner: "PagedRunner") -> None:
         self._runner = runner
         self._shapes: dict[tuple[int, int], _Shape] = {}
+        # One after another graphs are replayed and their logits read, so they can share what they compute in.
+        self._pool = torch.cuda.graph_pool_handle() if runner.device.type == "cuda" else None
 
     def run(self, rows: Sequence[Row]) -> Tensor:
         """Logits [R, V] of rows of one token each."""
@@ -37,12 +39,13 @@ class StaticDecode:
         most = max(-(-row.stop // size) for row in rows)
         key = (_power(len(rows)), _power(most))
         if key not in self._shapes:
-            self._shapes[key] = _Shape(self._runner, *key)
+            self._shapes[key] = _Shape(self._runner, *key, self._pool)
         return self._shapes[key].run(rows)
 
 
 class _Shape:
-    def __init__(self, runner: "PagedRunner", R: int, B: int) -> None:
+    def __init__(self, runner: "PagedRunner", R: int, B: int, pool: Any) -> None:
+        self.pool = pool
         self.runner, self.R, self.B = runner, R, B
         device = runner.device
         # ids, positions, slots, and the table of pages behind them: one copy to the device a step
@@ -95,7 +98,7 @@ class _Shape:
                 self._pass()
         torch.cuda.current_stream(self.runner.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self.pool):
             logits = self._pass()
         return graph, logits
 

@@ -60,10 +60,11 @@ class Worker:
             UserError: as `Batcher.submit`.
             WorkerStoppedError: after `drain` or `stop`.
         """
+        request = self.batcher.prepare(ids, sampling, adapter)
         with self._wake:
             if self._draining or self._closing or not self.alive:
                 raise WorkerStoppedError("the worker takes no requests any more")
-            request = self.batcher.submit(ids, sampling, adapter)
+            self.batcher.enqueue(request)
             self._deliver[request] = deliver
             self._wake.notify_all()
         return request
