@@ -66,11 +66,8 @@ class SafetyChecker:
         if isinstance(block_patterns, str):
             raise OptionError("block_patterns is one text", where="block_patterns", found=repr(block_patterns),
                               expected="a list of regular expressions", fix="put it in brackets: [...]")
-        if (
-            isinstance(max_reject_score, bool)
-            or not isinstance(max_reject_score, int | float)
-            or not 0 <= max_reject_score <= 1
-        ):
+        number = isinstance(max_reject_score, int | float) and not isinstance(max_reject_score, bool)
+        if not number or not 0 <= max_reject_score <= 1:
             raise OptionError("a score is a number from 0 to 1", where="max_reject_score", found=repr(max_reject_score),
                               expected="0 to 1", fix="leave it out for 0.8")
         for name, chosen in (("pii", pii), ("secrets", secrets), ("on_pattern", on_pattern)):

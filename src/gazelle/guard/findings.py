@@ -62,9 +62,8 @@ class Verdict:
 
 
 def settle(findings: Iterable[Finding]) -> tuple[Finding, ...]:
-    """Findings in order, without those that lie inside another of their kind or inside a stronger one's span."""
+    """Findings in order, without those that lie inside another one whose action is as strong."""
     kept: list[Finding] = []
-    # The strongest action first, then the surest and the longest: what is left overlaps nothing stronger.
     for found in sorted(set(findings), key=lambda one: (one.start, -one.end, -_RANK[one.action], -one.score, one.kind)):
         last = kept[-1] if kept else None
         if last is None or found.start >= last.end or found.end > last.end or _RANK[found.action] > _RANK[last.action]:
