@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import json
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -123,6 +124,28 @@ def test_deep_and_strange_json(server: Running) -> None:
                  b'{"model":"base","prompt":[[],[1]]}', b'{"model":"base","prompt":[true]}'):
         answer = httpx.post(f"{server.url}/v1/completions", content=body, headers={"content-type": "application/json"})
         assert answer.status_code == 400 and answer.json()["error"]["message"], body[:40]
+
+
+MISTAKES = [{"prompt": ["a", 1] * 100_000}, {"prompt": [None] * 150_000}, {"prompt": [[]] * 200_000},
+            {"stop": [1] * 200_000}, {str(number): 1 for number in range(60_000)}, {"logit_bias": {"1": [[]] * 200_000}}]
+
+
+def test_a_megabyte_of_mistakes_is_told_at_once(server: Running) -> None:
+    """Whoever checks requests holds up all others: listing 500,000 mistakes would take seconds."""
+    async def all_at_once() -> None:
+        async with httpx.AsyncClient(timeout=30) as client:
+            bodies = [json.dumps({"model": "base", "prompt": "a"} | mistake).encode() for mistake in MISTAKES]
+            asked = [asyncio.create_task(client.post(f"{server.url}/v1/completions", content=body,
+                                                     headers={"content-type": "application/json"})) for body in bodies]
+            longest = 0.0
+            while not all(task.done() for task in asked):
+                began = time.monotonic()
+                assert (await client.get(f"{server.url}/health")).status_code == 200
+                longest = max(longest, time.monotonic() - began)
+                await asyncio.sleep(0.01)
+            assert longest < 1 and {(await task).status_code for task in asked} == {400}
+
+    asyncio.run(all_at_once())
 
 
 def test_clients_that_take_their_time_hold_nobody_up(small: Running) -> None:

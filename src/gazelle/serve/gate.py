@@ -72,7 +72,7 @@ class Gate:
             else:
                 await answer_error(error, counted)
         except Exception:
-            logger.exception("an answer failed: %s %s", scope["method"], scope["path"])
+            logger.exception("an answer failed: %s %r", scope["method"], scope["path"])
             if not status:
                 await answer_error(failure(), counted)
             elif not whole:

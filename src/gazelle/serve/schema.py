@@ -12,8 +12,19 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from gazelle.serve.errors import refused
 
 
+_FIELDS = 64
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+
+    # Checking holds up every other request, so it ends at the first mistake: a megabyte may hold 500,000 of them.
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, content: Any) -> Any:
+        if isinstance(content, dict) and len(content) > _FIELDS:
+            raise ValueError(f"an object has at most {_FIELDS} fields")
+        return content
 
 
 def _whole_characters(content: Any) -> Any:
@@ -43,7 +54,7 @@ class Message(_Body):
     """One turn."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
-    content: str | list[TextPart] | None = None
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
     name: str | None = None
     refusal: str | None = None
     tool_calls: list[Any] | None = None
@@ -86,14 +97,14 @@ class _Request(_Body):
     top_k: Annotated[int | None, Field(ge=0, le=1 << 20, description="Not OpenAI's; 0 for all tokens.")] = None
     repetition_penalty: Annotated[float | None, Field(ge=0.01, le=10, description="Not OpenAI's.")] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     frequency_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
     presence_penalty: Annotated[float | None, Field(ge=-2, le=2)] = None
-    logit_bias: dict[str, float] | None = None
+    logit_bias: Any = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Any = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
@@ -123,7 +134,7 @@ class _Request(_Body):
 class ChatRequest(_Request):
     """Body of /v1/chat/completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int | None, Field(ge=0)] = None
@@ -133,7 +144,7 @@ class ChatRequest(_Request):
     functions: list[Any] | None = None
     function_call: Any = None
     parallel_tool_calls: bool | None = None
-    modalities: list[str] | None = None
+    modalities: Any = None
     audio: Any = None
     prediction: Any = None
     reasoning_effort: str | None = None
@@ -147,10 +158,14 @@ class ChatRequest(_Request):
             "function_call": (None, "none", "auto"), "modalities": (None, ["text"])}
 
 
+_Ids = Annotated[list[int], Field(fail_fast=True)]
+
+
 class CompletionRequest(_Request):
     """Body of /v1/completions."""
 
-    prompt: Annotated[str | list[str] | list[int] | list[list[int]], Field()]
+    prompt: Annotated[str | Annotated[list[str], Field(fail_fast=True)] | _Ids | Annotated[list[_Ids], Field(fail_fast=True)],
+                      Field(union_mode="left_to_right")]
     logprobs: Annotated[int | None, Field(ge=0)] = None
     echo: bool | None = None
     suffix: str | None = None
