@@ -135,8 +135,9 @@ def test_a_megabyte_of_mistakes_is_told_at_once(server: Running) -> None:
     async def all_at_once() -> None:
         async with httpx.AsyncClient(timeout=30) as client:
             bodies = [json.dumps({"model": "base", "prompt": "a"} | mistake).encode() for mistake in MISTAKES]
-            asked = [asyncio.create_task(client.post(f"{server.url}/v1/completions", content=body,
-                                                     headers={"content-type": "application/json"})) for body in bodies]
+            headers = {"content-type": "application/json"}
+            asked = [asyncio.create_task(client.post(f"{server.url}/v1/completions", content=body, headers=headers))
+                     for body in bodies]
             longest = 0.0
             while not all(task.done() for task in asked):
                 began = time.monotonic()

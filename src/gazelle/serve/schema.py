@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from gazelle.serve.errors import refused
 
-
 _FIELDS = 64
 
 
@@ -158,13 +157,14 @@ class ChatRequest(_Request):
             "function_call": (None, "none", "auto"), "modalities": (None, ["text"])}
 
 
+_Texts = Annotated[list[str], Field(fail_fast=True)]
 _Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 class CompletionRequest(_Request):
     """Body of /v1/completions."""
 
-    prompt: Annotated[str | Annotated[list[str], Field(fail_fast=True)] | _Ids | Annotated[list[_Ids], Field(fail_fast=True)],
+    prompt: Annotated[str | _Texts | _Ids | Annotated[list[_Ids], Field(fail_fast=True)],
                       Field(union_mode="left_to_right")]
     logprobs: Annotated[int | None, Field(ge=0)] = None
     echo: bool | None = None
