@@ -3,12 +3,12 @@
     python -m benchmarks.generate [--out benchmarks/results/generate.json] [--tokens 32] [--repeats 3]
 
 Tokens/s of answers (prompts computed in the same time), the median of the repeats, in float32 and greedy. Every answer
-has the same number of tokens: the end token is ignored. Sixteen prompts of 40 to 90 tokens:
+has the same number of tokens: the end token is ignored. Sixteen prompts of 40 to 80 tokens:
 
 - one by one: transformers' `generate`, and a batcher that is given one request at a time
 - together: all sixteen at once, in transformers' `generate` padded, in its continuous batching, and in the batcher
 - mixed: the same under four LoRA adapters and none; and transformers' `generate` with PEFT's `adapter_names`
-- a beginning in common: sixteen prompts with the same first 384 tokens, with sharing and without
+- a beginning in common: sixteen prompts with the same first 192 tokens, with sharing and without
 - `agree` says how many of the sixteen answers are, token for token, transformers' one-by-one answers
 """
 
@@ -32,14 +32,14 @@ from gazelle.generate.batcher import Batcher
 from gazelle.generate.options import Sampling
 from gazelle.models.load import load_model
 
-NUMBER, ADAPTERS, SHARED = 16, 4, 384
+NUMBER, ADAPTERS, SHARED = 16, 4, 192
 NOTE = "The river engine under the old bridge turned slowly while twelve sudden letters fell on the marble floor. "
 
 
 def prompts(tokenizer: Any) -> list[list[int]]:
     found = []
     for number in range(NUMBER):
-        text = f"Tell me more about item {number}. " + NOTE * (number % 4)
+        text = f"Tell me more about item {number}. " + NOTE * (number % 3)
         found.append(tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
                                                    return_dict=True)["input_ids"])
     return found
@@ -52,7 +52,7 @@ def make_adapters(model: Any, folder: Path) -> tuple[Any, dict[str, Path]]:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
-        adapted.save_pretrained(folder / f"a{number}")
+        adapted.save_pretrained(folder / f"a{number}", save_embedding_layers=False)
         model = adapted.unload()
     return model, {f"a{number}": folder / f"a{number}" for number in range(ADAPTERS)}
 

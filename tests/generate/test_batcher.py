@@ -3,7 +3,7 @@
 import pytest
 import torch
 from tests.generate.conftest import drive
-from tests.models.families import FAMILIES, make
+from tests.models.families import FAMILIES, make, quantized
 
 from gazelle.base.errors import OptionError
 from gazelle.generate.batcher import Batcher
@@ -200,3 +200,33 @@ def test_a_model_whose_attention_cannot_be_swapped_answers_one_by_one(letters, a
         drive(batcher)
     assert "one by one" in caplog.text
     assert [request.tokens for request in requests] == [alone(model, row, 6) for row in rows]
+
+
+def test_a_model_on_the_engine(letters, alone, prompts):
+    """Its layers answer as Hugging Face wrote them, since a cache goes with them, and train on the engine as before."""
+    from gazelle.models.swap import accelerate, runs_on_engine
+
+    model = model_of("qwen3")
+    rows = prompts(4, 19, 30)
+    want = [alone(model, row, 8) for row in rows]
+    accelerate(model)
+    assert runs_on_engine(model)
+    with Batcher(model, letters, page_size=4) as batcher:
+        requests = [batcher.submit(row, Sampling(max_new_tokens=8)) for row in rows]
+        drive(batcher)
+    assert [request.tokens for request in requests] == want and runs_on_engine(model)
+
+
+def test_weights_in_four_bits_under_an_adapter(letters, alone, prompts, tmp_path):
+    """The batch is one product of dequantised weights, as alone; on a CPU in float32 both give the same tokens."""
+    model = quantized(tmp_path, load_in_4bit=True, bnb_4bit_quant_type="nf4").eval()
+    model.generation_config.eos_token_id = None
+    rows = prompts(4, 19, 30)
+    with model.disable_adapter():
+        plain = [alone(model, row, 8) for row in rows]
+    tuned = [alone(model, row, 8) for row in rows]
+    with Batcher(model, letters, page_size=4) as batcher:
+        requests = [batcher.submit(row, Sampling(max_new_tokens=8), name)
+                    for name in (None, "__base__") for row in rows]
+        drive(batcher)
+    assert [request.tokens for request in requests] == tuned + plain and tuned != plain

@@ -26,7 +26,7 @@ def adapters(model, folder):
         for key, parameter in adapted.named_parameters():
             if "lora_B" in key:
                 torch.nn.init.normal_(parameter, std=0.02)
-        adapted.save_pretrained(folder / name)
+        adapted.save_pretrained(folder / name, save_embedding_layers=False)
         model = adapted.unload()
     return {name: folder / name for name in TARGETS}
 

@@ -114,7 +114,7 @@ def test_draining_answers_what_is_there_and_takes_no_more(worker):
     assert worker.drain(20)
     assert sum(event.finish_reason == "length" for event in done) == 6
     with pytest.raises(WorkerStoppedError):
-        worker.submit([3], Sampling(), deliver=done.append)
+        worker.submit([3], Sampling(max_new_tokens=3), deliver=done.append)
 
 
 def test_mistakes_are_raised_where_they_are_made(worker):
