@@ -178,7 +178,8 @@ def measure(requests: int) -> dict[str, Any]:
         r'^gazelle_answers_total\{finish="(\w+)",model="demo"\} (\S+)$', metrics, re.MULTILINE)})
     return {
         "machine": machine_facts(), "requests": requests, "clients": CLIENTS,
-        "different_answers": len({question.answer for mine in asked for question in mine}), "outcomes": dict(tally.outcomes),
+        "different_answers": len({question.answer for mine in asked for question in mine}),
+        "outcomes": dict(tally.outcomes),
         "wrong": tally.wrong, "requests_per_second": round(requests / seconds, 2), "seconds": round(seconds, 1),
         "request_seconds": quantiles(tally.seconds), "first_token_seconds": quantiles(tally.first),
         "answers_by_end": dict(ended), "exit_code": code,

@@ -127,7 +127,8 @@ def test_deep_and_strange_json(server: Running) -> None:
 
 
 MISTAKES = [{"prompt": ["a", 1] * 100_000}, {"prompt": [None] * 150_000}, {"prompt": [[]] * 200_000},
-            {"stop": [1] * 200_000}, {str(number): 1 for number in range(60_000)}, {"logit_bias": {"1": [[]] * 200_000}}]
+            {"stop": [1] * 200_000}, {str(number): 1 for number in range(60_000)},
+            {"logit_bias": {"1": [[]] * 200_000}}]
 
 
 def test_a_megabyte_of_mistakes_is_told_at_once(server: Running) -> None:
