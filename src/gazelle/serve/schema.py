@@ -182,7 +182,6 @@ class Feedback(_Body):
 
     id: Annotated[str, Field(max_length=64, description="Of the answer.")]
     rating: Literal["good", "bad"]
-    comment: Annotated[str | None, Field(max_length=2000)] = None
 
 
 class FeedbackTaken(_Answer):

@@ -26,6 +26,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, service: Service, ready: Callable[[], None]) -> None:
         super().__init__(config)
         self._service, self._ready = service, ready
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -34,14 +35,14 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Of uvicorn, which would have the signal end the process once all is done."""
-        if self.should_exit:
+        if self.should_exit or self._loop is None:
             self.force_exit = True
             self._service.ending.set()
         else:
             logger.info("Shutting down: answers in progress have %.0f s; a second signal breaks them off.",
                         self._service.settings.limits.drain_seconds)
-            self.should_exit = True
             self._service.drain(self._loop)
+        self.should_exit = True
 
 
 def listen(settings: Settings) -> socket.socket:
