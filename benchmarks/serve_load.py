@@ -33,7 +33,7 @@ from gazelle.cli.demo import demo_model
 from gazelle.models.load import load_model
 from gazelle.models.special_tokens import stop_ids
 
-CLIENTS, QUESTIONS, TOKENS, LONG = 32, 2, 5, 64
+CLIENTS, QUESTIONS, TOKENS, LONG = 32, 2, 4, 64
 BROKEN_OFF = 10  # every so many-th request
 CONTEXT = 256  # tokens; a small cache is filled soon, and what grows afterwards is a leak
 WORDS = ("heron", "anvil", "maple", "cobalt", "lantern", "otter", "saffron", "glacier", "thimble", "walnut", "harbour",
