@@ -35,6 +35,7 @@ from gazelle.models.special_tokens import stop_ids
 
 CLIENTS, QUESTIONS, TOKENS, LONG = 32, 2, 4, 64
 BROKEN_OFF = 10  # every so many-th request
+RUNNING = 24  # at a time, so that some of the clients always wait
 CONTEXT = 256  # tokens; a small cache is filled soon, and what grows afterwards is a leak
 WORDS = ("heron", "anvil", "maple", "cobalt", "lantern", "otter", "saffron", "glacier", "thimble", "walnut", "harbour",
          "comet", "velvet", "badger", "marble", "tulip")
@@ -69,7 +70,7 @@ def questions() -> list[list[Question]]:
         mine = []
         for number in range(QUESTIONS):
             word, code = WORDS[(client + 5 * number) % len(WORDS)], 100 + 31 * client + 7 * number
-            text = f"The {word} has code {code}. The {word} has code"
+            text = f"{word} {code}, {word}"
             if number == 0:
                 messages = [{"role": "user", "content": f"Repeat: {word} {code}"}]
                 ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -155,7 +156,7 @@ def measure(requests: int) -> dict[str, Any]:
     """Serve, ask, and sum up."""
     asked = questions()
     server = subprocess.Popen([sys.executable, "-m", "gazelle", "serve", str(demo_model()), "--name", "demo",
-                               "--port", "0", "--max-running", "16", "--max-context", str(CONTEXT)],
+                               "--port", "0", "--max-running", str(RUNNING), "--max-context", str(CONTEXT)],
                               stderr=subprocess.PIPE, text=True)
     try:
         lines = iter(server.stderr or ())
