@@ -50,6 +50,7 @@ def serve_command(
         make_server(service, keys, ready).run(sockets=[bound])
     finally:
         service.close()
+        bound.close()
 
 
 def fleet_command(model: str) -> None:
