@@ -122,6 +122,20 @@ def test_an_adapter_of_another_model_leaves_nothing_behind(folders, tmp_path):
     assert not hasattr(base, "peft_config") and "lora" not in str(base)
 
 
+@pytest.mark.parametrize("name", ["", BASE, "default"])
+def test_a_name_that_is_taken(name, folders):
+    with pytest.raises(OptionError, match="taken"):
+        MixedAdapters(adapt(make("llama", 3, tied=False)), {name: folders["all"]})
+
+
+def test_an_adapter_with_a_nan_would_reach_the_tokens_of_others(folders):
+    model = adapt(make("llama", 3, tied=False))
+    with torch.no_grad():
+        next(parameter for name, parameter in model.named_parameters() if "lora_B" in name)[0, 0] = float("nan")
+    with pytest.raises(ModelError, match="numbers that are none"):
+        MixedAdapters(model, {"all": folders["all"]})
+
+
 def test_a_name_that_is_not_there(folders):
     mixed = MixedAdapters(make("llama", 3, tied=False), {"all": folders["all"]})
     with pytest.raises(OptionError) as caught:

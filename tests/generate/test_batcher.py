@@ -149,9 +149,9 @@ def test_draws_depend_on_the_seed_alone(letters, prompts):
 
 
 def test_a_nan_ends_its_own_request_and_no_other(letters, alone, prompts):
-    """NaN in the cache would reach whoever gets the page next, behind any mask."""
+    """NaN in the cache would reach whoever gets the page next, behind any mask; pages it shares are left alone."""
     model = model_of()
-    rows = prompts(6, 7, seed=5)
+    rows = prompts(14, 7, seed=5)
     poison = 96
     rows = [[token for token in row if token != poison] for row in rows]
     want = [alone(model, row, 5) for row in rows]
@@ -159,12 +159,12 @@ def test_a_nan_ends_its_own_request_and_no_other(letters, alone, prompts):
         model.get_input_embeddings().weight[poison] = float("nan")
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.nan_to_num())
     with Batcher(model, letters, page_size=4, cache_tokens=64) as batcher:
-        broken = batcher.submit([3, poison, 4], Sampling(max_new_tokens=5))
         fine = batcher.submit(rows[0], Sampling(max_new_tokens=5))
+        broken = batcher.submit([*rows[0][:9], poison, 4], Sampling(max_new_tokens=5))
         events = drive(batcher)
         later = batcher.submit(rows[1], Sampling(max_new_tokens=5))
         drive(batcher)
-    assert broken.finish_reason == "error" and broken.tokens == []
+    assert broken.finish_reason == "error" and broken.tokens == [] and broken.reused == 8
     assert any("NaN" in str(event.error) for event in events if event.request is broken)
     assert fine.tokens == want[0] and later.tokens == want[1]
 

@@ -77,4 +77,4 @@ def test_a_few(demo_model, demo_tokenizer, tmp_path):
 
 @pytest.mark.slow
 def test_sixty_four(demo_model, demo_tokenizer, tmp_path):
-    check(demo_model(), demo_tokenizer, tmp_path, 64, 24)
+    check(demo_model(), demo_tokenizer, tmp_path, 64, 16)

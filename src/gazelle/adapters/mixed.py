@@ -38,7 +38,8 @@ class MixedAdapters:
         names: what tokens may ask for, besides nothing (what is active) and `BASE` (no adapter).
 
     Raises:
-        ModelError: an adapter is more than low-rank factors, or made for another model.
+        ModelError: an adapter is more than low-rank factors, holds a NaN, or was made for another model.
+        OptionError: two adapters of one name.
     """
 
     def __init__(self, model: Any, adapters: Mapping[str, str | PathLike[str]] | None = None) -> None:
@@ -54,10 +55,19 @@ class MixedAdapters:
             raise ModelError("other adapters cannot be used beside the one on this model", where="adapters",
                              found=f"{self.by_peft}", expected="a model without an adapter, or with plain LoRA",
                              fix="load the base model and name every adapter")
+        for name in adapters or {}:
+            if name in own or name in (_ACTIVE, BASE):
+                raise OptionError("this name of an adapter is taken", where="adapters", found=repr(name),
+                                  expected=f"another name than {', '.join(sorted({*own, BASE} - {_ACTIVE}))}",
+                                  fix="rename it")
         read = own | {name: _read(model, Path(folder)) for name, folder in (adapters or {}).items()}
         self.names = tuple(name for name in read if name != _ACTIVE)
         self.columns = 0
         for name, factors in read.items():
+            for part in factors:  # 0 times NaN is NaN, for the tokens of other adapters too
+                if not (part.a.isfinite().all() and part.b.isfinite().all()):
+                    raise ModelError("an adapter holds numbers that are none", where=f"adapter {name!r}, {part.path}",
+                                     found="NaN or infinity", expected="numbers", fix="use another checkpoint of it")
             widest = max((part.rank for part in factors), default=0)
             self._spans[name] = slice(self.columns, self.columns + widest)
             self.columns += widest
@@ -158,11 +168,14 @@ class MixedAdapters:
 
         @functools.wraps(earlier)
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            nonlocal a, b
             if not self._on:
                 return earlier(x, *args, **kwargs)
             y = without(x)
             if a is None or b is None or self._span is None:
                 return y
+            if a.device != x.device:  # its layer's weights wait in host memory
+                a, b = a.to(x.device), b.to(x.device)
             down = nn.functional.embedding(x, a.T)[..., self._span] if embeds \
                 else nn.functional.linear(x.to(a.dtype), a[self._span])
             if self._mask is not None and self._kept is not None:

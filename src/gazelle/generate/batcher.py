@@ -271,7 +271,7 @@ class Batcher:
         self._waiting.appendleft(request)
 
     def _let_go(self, request: Request, *, broken: bool = False) -> None:
-        self.runner.drop(request, request.pages, broken=broken)
+        self.runner.drop(request, self.pages.alone(request.pages), broken=broken)
         self.pages.release(request.pages)
         request.pages, request.computed, request.registered = [], 0, 0
 

@@ -91,6 +91,10 @@ class Pages:
                 else:
                     self._free.append(page)
 
+    def alone(self, pages: Sequence[int]) -> list[int]:
+        """Those of `pages` that have one user."""
+        return [page for page in pages if self._users[page] == 1]
+
     def forget(self) -> None:
         """Forget what pages hold, because it may be wrong."""
         self._free.extend(self._idle)

@@ -26,7 +26,7 @@ class Runner(Protocol):
         """Logits [R, V] of the wanted rows, in their order."""
 
     def drop(self, owner: Hashable, pages: Sequence[int], *, broken: bool) -> None:
-        """A request is over, or has to start again; if it is `broken` its pages may hold NaN."""
+        """A request is over, or has to start again; if it is `broken`, `pages`, which are its alone, may hold NaN."""
 
 
 class PagedRunner:
