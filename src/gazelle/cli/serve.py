@@ -1,5 +1,6 @@
 """`gazelle serve` and `gazelle serve-key`."""
 
+import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def serve_command(
                     ", ".join(service.models), shown, address[1])
         logger.info("For a fleet of machines: gazelle serve %s --fleet", model)
 
+    gc.freeze()  # what is loaded stays: no search for garbage need look through it while requests wait
     try:
         make_server(service, keys, ready).run(sockets=[bound])
     finally:

@@ -157,14 +157,15 @@ class ChatRequest(_Request):
             "function_call": (None, "none", "auto"), "modalities": (None, ["text"])}
 
 
-_Texts = Annotated[list[str], Field(fail_fast=True)]
+_PROMPTS = 1024
+_Texts = Annotated[list[str], Field(fail_fast=True, max_length=_PROMPTS)]
 _Ids = Annotated[list[int], Field(fail_fast=True)]
 
 
 class CompletionRequest(_Request):
     """Body of /v1/completions."""
 
-    prompt: Annotated[str | _Texts | _Ids | Annotated[list[_Ids], Field(fail_fast=True)],
+    prompt: Annotated[str | _Texts | _Ids | Annotated[list[_Ids], Field(fail_fast=True, max_length=_PROMPTS)],
                       Field(union_mode="left_to_right")]
     logprobs: Annotated[int | None, Field(ge=0)] = None
     echo: bool | None = None
