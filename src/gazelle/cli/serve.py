@@ -51,6 +51,7 @@ def serve_command(
     try:
         make_server(service, keys, ready).run(sockets=[bound])
     finally:
+        gc.unfreeze()
         service.close()
         bound.close()
 
