@@ -7,19 +7,20 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
 from tests.serve.conftest import Running
 
 
-def fuzz(running: Running, examples: int, phases: str, seed: int = 7) -> str:
+def fuzz(running: Running, examples: int, phases: str, folder: Path, seed: int = 7) -> str:
     done = subprocess.run(
         [sys.executable, "-c", "from schemathesis.cli import schemathesis; schemathesis()", "run",
          f"{running.url}/openapi.json", "--checks", "not_a_server_error,response_schema_conformance",
          "--max-examples", str(examples), "--seed", str(seed), "--phases", phases,
          "--generation-database", "none", "--request-timeout", "20", "--suppress-health-check", "all", "--no-color"],
-        capture_output=True, text=True, timeout=600, check=False)
+        cwd=folder, capture_output=True, text=True, timeout=600, check=False)  # it leaves files where it runs
     return done.stdout + done.stderr if done.returncode else ""
 
 
@@ -30,9 +31,11 @@ def answered(running: Running) -> dict[str, int]:
 
 @pytest.mark.parametrize(("examples", "phases"), [
     (6, "fuzzing"), pytest.param(300, "examples,coverage,fuzzing", marks=pytest.mark.slow)])
-def test_no_request_makes_the_server_fail(examples: int, phases: str, start: Callable[..., Running]) -> None:
+def test_no_request_makes_the_server_fail(
+    examples: int, phases: str, start: Callable[..., Running], tmp_path: Path
+) -> None:
     running = start(max_context=64, seconds=20, queue=200)
-    assert fuzz(running, examples, phases) == ""
+    assert fuzz(running, examples, phases, tmp_path) == ""
     counts = answered(running)
     assert counts["5"] == 0 and counts["4"] > 2 * examples and counts["2"] > examples
     assert httpx.get(f"{running.url}/health").status_code == 200
