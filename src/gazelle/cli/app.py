@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from gazelle.cli.serve_options import serve, serve_key
+
 app = typer.Typer(
     name="gazelle", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
     rich_markup_mode=None, help="Fine-tune open-weight language models.",
@@ -37,13 +39,16 @@ def train(
     eval_split: Annotated[
         float | None, typer.Option("--eval-split", help="Hold out this share of the rows; rows alike stay together.")
     ] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Serve Prometheus metrics of the run on this loopback port.")
+    ] = None,
 ) -> None:
     """Fine-tune as a recipe says."""
     from gazelle.cli.train import train_command
 
     overrides = [*(overrides or []), *([] if eval_split is None else [f"data.eval_split={eval_split}"])]
     train_command(recipe, overrides, dry_run=dry_run, print_recipe=print_recipe, resume=resume,
-                  overwrite=overwrite)
+                  overwrite=overwrite, metrics_port=metrics_port)
 
 
 @app.command(context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True})
@@ -258,6 +263,10 @@ def recipes(
     from gazelle.cli.recipes import recipes_command
 
     recipes_command(name)
+
+
+app.command()(serve)
+app.command()(serve_key)
 
 
 def _version(asked: bool) -> None:

@@ -8,13 +8,18 @@ import typer
 from gazelle.facade.run import dry_run as look
 from gazelle.facade.run import run
 from gazelle.train.recipe import load_recipe
+from gazelle.train.telemetry import check_port
 
 
 def train_command(
-    path: Path, overrides: Sequence[str], *, dry_run: bool, print_recipe: bool, resume: bool, overwrite: bool
+    path: Path, overrides: Sequence[str], *, dry_run: bool, print_recipe: bool, resume: bool, overwrite: bool,
+    metrics_port: int | None = None,
 ) -> None:
     """Run a recipe, or only show what it says or what its data looks like."""
     recipe = load_recipe(path, overrides)
+    if metrics_port is not None:
+        check_port(metrics_port)
+        recipe.train["metrics_port"] = metrics_port
     if print_recipe:
         typer.echo(recipe.as_yaml(), nl=False)
         return

@@ -17,7 +17,8 @@ from gazelle.models.card import NAME, card_text, is_empty_form, is_untouched
 from gazelle.models.record import RECORD
 
 _WEIGHTS = re.compile(r"model\.safetensors(\.index\.json)?|model-\d{5}-of-\d{5}\.safetensors")  # of a whole model
-_PRIVATE = ("train", "eval")  # keys of the run's record that say where files lie on this machine
+# Keys of the run's record that say where files lie on this machine, and which tokens are frequent in the data.
+_PRIVATE = ("train", "eval", "profile")
 
 
 def check_repository(repository: str, *, token: str | None, private: bool | None, adapter: bool | None = None,

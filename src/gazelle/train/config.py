@@ -13,6 +13,7 @@ from gazelle.adapters.lora import CHECKPOINTING
 from gazelle.base.device import default_device
 from gazelle.base.errors import OptionError, nearest
 from gazelle.base.log import say_once
+from gazelle.base.optional import require
 from gazelle.base.sizes import parse_bytes
 from gazelle.train.eval_options import EvalArguments, graders, settle_evaluation
 from gazelle.train.trackers import check_trackers
@@ -120,6 +121,9 @@ class _SFTArguments(EvalArguments, TrainingArguments):
     advisor: Literal["say", "stop", "off"] = field(
         default="say", metadata={"help": "Name overfitting, divergence and the like with the remedy; stop: and end the "
                                          "run where going on is useless."}
+    )
+    metrics_port: int | None = field(
+        default=None, metadata={"help": "Serve Prometheus metrics of the run on this port of the loopback address."}
     )
     report: bool = field(default=True, metadata={"help": "Write report.html and loss.png when training ends."})
     report_samples: int = field(
@@ -245,6 +249,10 @@ def check_values(config: Any) -> None:
            lambda v: isinstance(v, int | float) and v >= 0)
     _check("spike_factor", config.spike_factor, "0, or a number above 1",
            lambda v: isinstance(v, int | float) and (v == 0 or v > 1))
+    if config.metrics_port is not None:
+        _check("metrics_port", config.metrics_port, "a port, or 0 for any that is free",
+               lambda v: isinstance(v, int) and 0 <= v < 2**16)
+        require("prometheus_client")
     if str(config.train_sampling_strategy) == "group_by_length":
         say_once("train_sampling_strategy='group_by_length' has no effect: " + DROPPED["group_by_length"])
         config.train_sampling_strategy = "random"

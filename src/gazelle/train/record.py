@@ -6,15 +6,18 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from gazelle.data.profile import profile_of
 from gazelle.data.report import DataReport
 from gazelle.models.hub import check_repository, push_folder
 from gazelle.train.facts import RunFacts
 from gazelle.train.metrics import last_figures, metrics_path, read_metrics, training_loss
+from gazelle.train.prepare import Prepared
 from gazelle.train.report import chosen_settings, duration
 
 
-def run_record(args: TrainingArguments, facts: RunFacts, data: DataReport | None) -> dict[str, Any]:
+def run_record(args: TrainingArguments, facts: RunFacts, prepared: Prepared) -> dict[str, Any]:
     """The run as plain lists and strings, without tokens and without rows of the data."""
+    data = prepared.report
     metrics = read_metrics(metrics_path(args)) if args.output_dir and metrics_path(args).exists() else []
     losses = training_loss(metrics, 3)
     shown = [("optimizer steps", f"{facts.steps:,}"), ("training time", duration(facts.seconds)),
@@ -22,6 +25,7 @@ def run_record(args: TrainingArguments, facts: RunFacts, data: DataReport | None
              *([("training loss", losses)] if losses else []),
              *last_figures(metrics),
              *([("stopped by the advisor", facts.stopped)] if facts.stopped else [])]
+    profile = profile_of(prepared.train.examples) if prepared.train is not None else None
     return {
         "train": _place(data.train.source if data else ""),
         "eval": _place(data.test.source if data and data.test else ""),
@@ -31,6 +35,7 @@ def run_record(args: TrainingArguments, facts: RunFacts, data: DataReport | None
         "facts": shown,
         "settings": [(name, str(value)) for name, value in chosen_settings(args, facts) if name != "model"],
         "data_report": _figures(data),
+        **({"profile": profile.to_dict()} if profile else {}),  # for `gazelle serve`, which watches for drift
     }
 
 

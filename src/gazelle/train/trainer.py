@@ -46,6 +46,7 @@ from gazelle.train.step import GraphedStep, refuses_graph
 from gazelle.train.stopwatch import Stopwatch
 from gazelle.train.strategies.batching import enable_dynamic_batching
 from gazelle.train.strategies.incremental import with_replay
+from gazelle.train.telemetry import metrics_served
 from gazelle.train.trackers import tracked
 
 if TYPE_CHECKING:
@@ -201,7 +202,8 @@ class SFTTrainer(Pushes, EvaluatingTrainer):
         began = self._logged_at = time.perf_counter()
         try:
             planned = contextlib.nullcontext() if self.plan is None else self.plan.in_force(self.model, self._stopwatch)
-            with tracked(self, resume), self._packed_attention(), self._held, planned:
+            with tracked(self, resume), self._packed_attention(), self._held, planned, \
+                    metrics_served(self, config.metrics_port):
                 if self._use_cache_before is not None:
                     self.model.config.use_cache = False
                 result = self.train_on(resume, **kwargs)
@@ -215,7 +217,7 @@ class SFTTrainer(Pushes, EvaluatingTrainer):
         if reported and self.prepared.report is not None:
             answer_samples(self.model, self.processing_class, self.samples, "after", config.report_max_new_tokens)
             write_report(config, run_facts(self), self.prepared.report, self.samples)
-        self.model.gazelle_run = run_record(config, run_facts(self), self.prepared.report)
+        self.model.gazelle_run = run_record(config, run_facts(self), self.prepared)
         return result
 
     def enable_dynamic_batching(self, max_batch_size: int = 8, timeout: float | None = None,
