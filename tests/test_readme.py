@@ -5,6 +5,7 @@ The demo is run in full, as a newcomer would, so this file takes a few minutes.
 
 import io
 import json
+import os
 import re
 import runpy
 import shlex
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from filelock import FileLock
 
 from gazelle.__main__ import main
 from gazelle.cli.demo import PACKAGE
@@ -40,11 +42,16 @@ def commands() -> list[str]:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `gazelle demo` was run."""
-    folder = tmp_path_factory.mktemp("readme")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        assert main(["demo"]) == 0
+    """A folder in which `gazelle demo` was run, once for all processes of a test run."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "readme"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            folder.mkdir()
+            with pytest.MonkeyPatch.context() as patch:
+                patch.chdir(folder)
+                assert main(["demo"]) == 0
+    assert (folder / "out/demo/scores.json").exists(), "the demo failed in another process"
     return folder
 
 
