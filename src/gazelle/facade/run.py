@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from gazelle.base.device import check_device, default_device
-from gazelle.base.errors import OutputError
+from gazelle.base.errors import OptionError, OutputError
 from gazelle.base.files import check_writable, write_text
 from gazelle.base.lock import check_unlocked, folder_lock
 from gazelle.data.holdout import hold_out
@@ -51,7 +51,13 @@ def check_recipe(recipe: Recipe) -> Checked:
         check_device(recipe.model.device_map)
     config = recipe.sft_config()
     data = recipe.data
-    check_eval_rows(config, data.eval is not None or data.eval_split > 0)
+    has_eval = data.eval is not None or data.eval_split > 0
+    check_eval_rows(config, has_eval)
+    if config.eval_generate and not has_eval:
+        raise OptionError("answers are to be graded, but there are no evaluation rows", where="train.eval_generate",
+                          found=" ".join(map(str, [config.eval_generate] if isinstance(config.eval_generate, str)
+                                             else config.eval_generate)),
+                          expected="data.eval or data.eval_split", fix="set data.eval_split: 0.1, say")
 
     def conversations(rows: Rows) -> Loaded:
         return load_conversations(rows, format=data.format, columns=data.columns, system=data.system)
