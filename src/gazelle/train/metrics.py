@@ -95,7 +95,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            entries.append(json.loads(line))
+            entries.append(json.loads(line, parse_constant=lambda _: None))  # NaN of other writers is none here either
         except json.JSONDecodeError:
             break
     return entries
