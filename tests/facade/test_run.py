@@ -55,4 +55,6 @@ def test_answers_are_graded_only_where_rows_are_held_out(train: Callable[..., in
         assert train({"r": 8}, eval_generate=asked) == 2
         said = capsys.readouterr().err
         assert "train.eval_generate: answers are to be graded" in said and "data.eval_split" in said
+    assert train({"r": 8}, metric_for_best_model="exakt") == 2
+    assert "metric_for_best_model: no such metric" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -20,6 +20,7 @@ from gazelle.models.card import drop_card, write_card
 from gazelle.models.context import fit_context
 from gazelle.models.load import load_tokenizer
 from gazelle.train.checkpoint import find_checkpoint, recover
+from gazelle.train.eval_options import check_best_metric
 from gazelle.train.prepare import encode_rows
 from gazelle.train.recipe import Recipe
 from gazelle.train.setup import check_eval_rows
@@ -58,6 +59,8 @@ def check_recipe(recipe: Recipe) -> Checked:
                           found=" ".join(map(str, [config.eval_generate] if isinstance(config.eval_generate, str)
                                              else config.eval_generate)),
                           expected="data.eval or data.eval_split", fix="set data.eval_split: 0.1, say")
+
+    check_best_metric(config, [""], has_metrics=False)
 
     def conversations(rows: Rows) -> Loaded:
         return load_conversations(rows, format=data.format, columns=data.columns, system=data.system)

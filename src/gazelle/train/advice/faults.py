@@ -218,10 +218,12 @@ def underfitting(curves: Curves, facts: Facts) -> Said:
     if third.sum() < 4:
         return None
     level, fall, error = halves(losses[third])
+    # Noise of a dozen lines may be measured at half of what it is; that of all, as a share, is surer.
+    sure = MEDIAN_ERROR * level * noise(np.log(np.maximum(losses, 1e-30))) * math.sqrt(4 / third.sum())
     for _, evals, _ in curves.evals().values():
         if len(evals) > 1 and evals[-1] > 0.99 * evals[:-1].min():
             return None
-    if fall < max(SURE * error, STILL_FALLING * whole, LEAST_GAIN * level) or whole <= 0:
+    if fall < max(SURE * max(error, sure), STILL_FALLING * whole, LEAST_GAIN * level) or whole <= 0:
         return None
     rate = curves.peak_rate
     epochs = facts.epochs or (float(epoch[-1]) if np.isfinite(epoch[-1]) else None)
