@@ -59,7 +59,6 @@ def check_recipe(recipe: Recipe) -> Checked:
                           found=" ".join(map(str, [config.eval_generate] if isinstance(config.eval_generate, str)
                                              else config.eval_generate)),
                           expected="data.eval or data.eval_split", fix="set data.eval_split: 0.1, say")
-
     check_best_metric(config, [""], has_metrics=False)
 
     def conversations(rows: Rows) -> Loaded:
