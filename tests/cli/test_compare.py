@@ -84,3 +84,27 @@ def test_folders_that_are_no_runs(folders: tuple[Path, Path], spoil: Callable[[P
     assert main(["compare", str(folders[0]), str(spoil(folders[0]))]) == 2
     error = capsys.readouterr().err
     assert said in error and "Traceback" not in error
+
+
+def test_other_peoples_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """NaN as Python writes it is no number here; what cannot be read is named, and nothing is drawn."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "eval_matrix": [1, 2]}\n'
+                                            '{"step": 2, "loss": NaN}\n{"step": 2, "eval_loss": Infinity}\n')
+    assert main(["compare", str(tmp_path), "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[0]["figures"]
+    assert figures["training loss"] == 2 and "evaluation loss" not in figures
+    (tmp_path / "sub.png").mkdir()
+    for options, said in ((["--plot", str(tmp_path / "sub.png")], "not a file of this kind"),
+                          (["--plot", str(tmp_path / "a.pdf")], "ends in .png"),
+                          (["--html", str(tmp_path / "a.png")], "ends in .html")):
+        assert main(["compare", str(tmp_path), *options]) == 2
+        captured = capsys.readouterr()
+        assert said in captured.err and not captured.out
+    for name, content in (("gazelle.json", b'{"run": {"settings": [1, 2]}}'),
+                          ("gazelle.json", b'{"run": {"facts": 3}}'),
+                          ("metrics.jsonl", b"\xff\xfe\n"), ("metrics.jsonl", b'{"step": 1, "loss": "x"}\n')):
+        kept = (tmp_path / name).read_bytes() if (tmp_path / name).exists() else b"{}"
+        (tmp_path / name).write_bytes(content)
+        assert main(["compare", str(tmp_path)]) == 2
+        assert name in capsys.readouterr().err
+        (tmp_path / name).write_bytes(kept)

@@ -16,6 +16,7 @@ from gazelle.cli.demo import PACKAGE
 from gazelle.engine.keep import KEEP
 from gazelle.facade import rules
 from gazelle.facade.recommending import recommend, write_recipe
+from gazelle.facade.run import check_recipe
 
 RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "recommend.json"
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -57,7 +58,9 @@ def test_the_proposal_for_the_demo_scores_as_the_shipped_recipe() -> None:
 def test_todays_proposal_is_what_was_measured(folder: Path) -> None:
     llama(num_hidden_layers=30, max_position_embeddings=2048).save_pretrained(folder)  # as the demo's model is
     found = recommend(str(PACKAGE / "demo/train.jsonl"), str(folder))
-    measured = {item["option"]: item["value"] for item in json.loads(RESULT.read_text(encoding="utf-8"))["proposed"]}
+    renamed = {"data.eval_fraction": "data.eval_split"}  # since then
+    proposed = json.loads(RESULT.read_text(encoding="utf-8"))["proposed"]
+    measured = {renamed.get(item["option"], item["option"]): item["value"] for item in proposed}
     assert {f"{item.section}.{item.option}": item.value for item in found.choices
             if item.option not in ("name", "train")} == measured
 
@@ -208,3 +211,15 @@ def test_every_rule_has_its_bounds() -> None:
     assert rules.length(700, None, text=False)[0] == 704
     assert rules.length(5_000, 2048, text=False)[0] == 2048
     assert rules.length(0, None, text=True)[0] == 2048
+
+
+def test_rows_of_one_prompt_are_not_parted(folder: Path, tmp_path: Path) -> None:
+    """What is proposed has to train: a share that `hold_out` refuses is none."""
+    path = tmp_path / "poems.jsonl"
+    rows = [{"question": "Write a poem.", "answer": f"Poem {n}."} for n in range(120)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = recommend(str(path), str(folder))
+    assert found.value("data", "eval_split") == 0
+    assert next(item.reason for item in found.choices if item.option == "eval_split").startswith("rows hang together")
+    assert all(item.option != "eval_strategy" for item in found.choices)
+    check_recipe(found.recipe())

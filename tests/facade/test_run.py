@@ -47,3 +47,14 @@ def test_a_budget_that_is_too_small(train: Callable[..., int], lora: dict[str, A
 def test_what_fits_goes_on_to_the_weights(train: Callable[..., int], options: dict[str, Any]) -> None:
     with pytest.raises(KeyError, match="weights are loaded"):
         train({"r": 8}, **options)
+
+
+def test_answers_are_graded_only_where_rows_are_held_out(train: Callable[..., int], tmp_path: Path,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    for asked in ("exact_match", ["exact_match", "contains"]):
+        assert train({"r": 8}, eval_generate=asked) == 2
+        said = capsys.readouterr().err
+        assert "train.eval_generate: answers are to be graded" in said and "data.eval_split" in said
+    assert train({"r": 8}, metric_for_best_model="exakt") == 2
+    assert "metric_for_best_model: no such metric" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

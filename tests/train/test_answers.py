@@ -12,7 +12,14 @@ import pytest
 import torch
 from tests.train.conftest import ROWS, small_llama
 from tests.train.test_resume import dropped, weights_hash
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainerCallback, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from gazelle import SFTConfig, SFTTrainer
 from gazelle.base.errors import OptionError
@@ -148,6 +155,12 @@ def test_refusals(quick: Callable[..., SFTTrainer], bytes_tokenizer: PreTrainedT
                    ROWS, bytes_tokenizer, compute_metrics=lambda _: {})
     with pytest.raises(OptionError, match=r"eval_loss, eval_perplexity, eval_chrf"):
         quick(eval_generate=["chrf"], metric_for_best_model="rougeL")
+    best = SFTConfig(output_dir=str(tmp_path), load_best_model_at_end=True, eval_strategy="epoch",
+                     save_strategy="epoch")
+    with pytest.raises(OptionError, match="write eval_a_loss"):  # of several sets none is called eval_loss
+        SFTTrainer(small_llama(bytes_tokenizer), best, ROWS, {"a": ROWS[:2], "b": ROWS[2:]}, bytes_tokenizer)
+    with pytest.raises(OptionError, match="no evaluation set"):
+        SFTTrainer(small_llama(bytes_tokenizer), SFTConfig(output_dir=str(tmp_path)), ROWS, {}, bytes_tokenizer)
     texts = SFTTrainer(small_llama(bytes_tokenizer), SFTConfig(output_dir=str(tmp_path), eval_generate=["chrf"]),
                        [{"text": "a text"}], [{"text": "another text"}], bytes_tokenizer)
     with pytest.raises(OptionError, match="no evaluation row can be answered"):
@@ -184,3 +197,15 @@ def test_rows_are_held_out_alike_at_each_start(bytes_tokenizer: PreTrainedTokeni
     with pytest.raises(OptionError, match="evaluation rows already"):
         SFTTrainer(small_llama(bytes_tokenizer), SFTConfig(output_dir=str(tmp_path), eval_split=0.1), ROWS, ROWS,
                    bytes_tokenizer)
+
+
+def test_answers_end_where_positions_do(bytes_tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """GPT-2 has a table of positions, and no answer may run beyond it."""
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=384, n_embd=16, n_layer=1, n_head=2, n_positions=64, bos_token_id=1,
+                                       eos_token_id=bytes_tokenizer.eos_token_id))
+    rows = [{"instruction": "x7q9" * 11, "output": "b"}]
+    trainer = SFTTrainer(model, SFTConfig(output_dir=str(tmp_path), eval_generate=["exact_match"], disable_tqdm=True,
+                                          max_length=64), ROWS, rows, bytes_tokenizer)
+    assert 45 < len(trainer._answers.drawn(trainer.prepared)[""][0].prompt) < 64
+    assert trainer.evaluate()["eval_exact_match"] in (0, 1)

@@ -21,6 +21,7 @@ from gazelle import (
     SFTTrainer,
     profile_io,
     save_teacher_logits,
+    train_on_responses_only,
 )
 from gazelle.base.errors import ModelError, OptionError
 from gazelle.data.encode import Example
@@ -356,6 +357,12 @@ def test_kept_logits_that_do_not_fit(make: Any, bytes_tokenizer: Any, tmp_path: 
         student([*rows, *lengths_of(31)])
     with pytest.raises(OptionError, match="different vocabularies"):
         student(rows, model=fresh(bytes_tokenizer, vocab_size=400))
+    texts = [{"text": "<|im_start|>user\nwhere?<|im_end|>\n<|im_start|>assistant\nhere<|im_end|>\n"}]
+    save_teacher_logits(fresh(bytes_tokenizer), bytes_tokenizer, texts, tmp_path / "texts", top_k=4, max_length=128)
+    relabelled = student(texts, tmp_path / "texts")
+    train_on_responses_only(relabelled, "<|im_start|>user\n", "<|im_start|>assistant\n")
+    with pytest.raises(OptionError, match="1 of 1 rows"):
+        relabelled.train()
     with pytest.raises(OptionError, match="belong to rows"):
         student(rows, data_collator=lambda entries: entries)
     with pytest.raises(ModelError, match="cannot be read"):

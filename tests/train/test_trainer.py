@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -344,3 +345,23 @@ def test_raw_text_needs_no_chat_template(tiny: Make, demo_tokenizer: PreTrainedT
     trainer.train()
     assert tokenizer.chat_template is None
     assert (tmp_path / "report.html").exists()
+
+
+def test_a_second_run_of_one_trainer_has_metrics_of_its_own(quick: Make, tmp_path: Path) -> None:
+    """What was evaluated before the first run stays with it; numbers of NumPy that are none are null too."""
+    class Odd(TrainerCallback):
+        def on_log(self, *_: Any, logs: dict[str, Any], **__: Any) -> None:
+            logs["odd"] = np.float32("nan")
+
+    trainer = quick()
+    trainer.callback_handler.callbacks.insert(0, Odd())
+    found = []
+    trainer.evaluate()
+    for _ in range(2):
+        trainer.train()
+        text = (tmp_path / "out" / "metrics.jsonl").read_text()
+        assert "NaN" not in text
+        found.append([json.loads(line)["step"] for line in text.splitlines()])
+        trainer.evaluate()
+    assert found == [[0, 1, 2, 3, 3], [1, 2, 3, 3]]
+    assert len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) == 5

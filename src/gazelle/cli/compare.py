@@ -8,14 +8,18 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from gazelle.base.errors import OptionError
 from gazelle.base.files import check_writable, staged_file
 from gazelle.train.compare import as_json, draw, read_runs, table, write_page
 
 
 def compare_command(folders: Sequence[Path], plot: Path | None, html: Path | None, *, json: bool) -> None:
     """Print figures and differing settings of runs, and write their curves."""
-    for path in (plot, html):
+    for option, path, suffix in (("--plot", plot, ".png"), ("--html", html, ".html")):
         if path is not None:
+            if path.is_dir() or path.suffix.lower() != suffix:
+                raise OptionError("not a file of this kind", where=option, found=str(path),
+                                  expected=f"a file that ends in {suffix}", fix=f"write {path.stem or 'runs'}{suffix}")
             check_writable(path.parent)
             path.parent.mkdir(parents=True, exist_ok=True)
     runs = read_runs(folders)

@@ -72,7 +72,7 @@ def hold_out(loaded: Loaded, share: float, *, seed: int, rows: Rows | None = Non
 
 
 def hold_out_encoded(encoded: Encoded, share: float, *, seed: int) -> tuple[Encoded, Encoded, HeldOut]:
-    """The same for rows that came tokenised: those with the same tokens, or the same up to their last answer."""
+    """The same for rows that came tokenised: those with the same tokens, or the same up to what is learnt first."""
     examples = encoded.examples
     whole: list[list[Hashable]] = [[bytes(memoryview(row.input_ids))] for row in examples]  # type: ignore[arg-type]
     asked: list[list[Hashable]] = []

@@ -10,10 +10,11 @@ import torch
 import yaml
 
 from gazelle.base.device import default_device
-from gazelle.base.errors import OptionError, OutputError
+from gazelle.base.errors import DataError, OptionError, OutputError
 from gazelle.base.files import check_writable, write_text
 from gazelle.base.sizes import gigabytes, parse_bytes
 from gazelle.data.encode import Encoded
+from gazelle.data.holdout import hold_out
 from gazelle.data.load import Loaded, load_conversations
 from gazelle.data.report import DataReport
 from gazelle.engine.keep import KEEP
@@ -101,6 +102,8 @@ def recommend(data: str | Path, model: str | Path, *, budget: str | int | None =
     longest = report.train.quantiles["max"]
     length, why_length = rules.length(longest, limit, text=text)
     share, why_share = rules.held_out(report.train.rows)
+    if share and not _can_hold_out(loaded, share):
+        share, why_share = 0.0, "rows hang together (one text or one prompt in most of them): none can be held out"
     entries = math.ceil(report.train.tokens / length) if text else report.train.examples  # bins, or rows
     count = entries - round(entries * share)
     update, why_update = rules.rows_an_update(count)
@@ -237,6 +240,15 @@ class _Fit:
         bits = (ON_CPU if self.place.type == "cpu" else "there is no room for 16 bits without making layers again"
                 if four else "16 bits have room, and are faster")
         return _Fitted(micro, four, run, f"{pieces}, and {why}: {room}", bits)
+
+
+def _can_hold_out(loaded: Loaded, share: float) -> bool:
+    """Whether training could: rows of one text or one prompt are not parted."""
+    try:
+        hold_out(loaded, share, seed=SFTConfig().seed)
+    except DataError:
+        return False
+    return True
 
 
 def _watching(share: float, passes: int, steps: int) -> list[Choice]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from gazelle.base.device import check_device, default_device
-from gazelle.base.errors import OutputError
+from gazelle.base.errors import OptionError, OutputError
 from gazelle.base.files import check_writable, write_text
 from gazelle.base.lock import check_unlocked, folder_lock
 from gazelle.data.holdout import hold_out
@@ -20,6 +20,7 @@ from gazelle.models.card import drop_card, write_card
 from gazelle.models.context import fit_context
 from gazelle.models.load import load_tokenizer
 from gazelle.train.checkpoint import find_checkpoint, recover
+from gazelle.train.eval_options import check_best_metric
 from gazelle.train.prepare import encode_rows
 from gazelle.train.recipe import Recipe
 from gazelle.train.setup import check_eval_rows
@@ -51,7 +52,14 @@ def check_recipe(recipe: Recipe) -> Checked:
         check_device(recipe.model.device_map)
     config = recipe.sft_config()
     data = recipe.data
-    check_eval_rows(config, data.eval is not None or data.eval_split > 0)
+    has_eval = data.eval is not None or data.eval_split > 0
+    check_eval_rows(config, has_eval)
+    if config.eval_generate and not has_eval:
+        raise OptionError("answers are to be graded, but there are no evaluation rows", where="train.eval_generate",
+                          found=" ".join(map(str, [config.eval_generate] if isinstance(config.eval_generate, str)
+                                             else config.eval_generate)),
+                          expected="data.eval or data.eval_split", fix="set data.eval_split: 0.1, say")
+    check_best_metric(config, [""], has_metrics=False)
 
     def conversations(rows: Rows) -> Loaded:
         return load_conversations(rows, format=data.format, columns=data.columns, system=data.system)

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError
 from gazelle.data.conversation import Conversation
 from gazelle.data.encode import IGNORED, Encoded, Example, encode
 from gazelle.data.text_metrics import corpus_score
+from gazelle.models.context import context_limit
 from gazelle.models.generate import generate_texts
 from gazelle.train.config import SFTConfig
 from gazelle.train.eval_options import graders
@@ -92,11 +94,13 @@ class Answers:
 
     def _answer(self, model: Any, sample: list[Asked]) -> list[str]:
         """In batches of no more tokens than one that is trained on."""
-        most = self.config.eval_max_new_tokens
+        limit = context_limit(unwrap(model).config)
         order = sorted(range(len(sample)), key=lambda at: -len(sample[at].prompt))
         answers = [""] * len(sample)
         while order:
-            rows = max(1, min(32, self._tokens // (len(sample[order[0]].prompt) + most)))
+            longest = len(sample[order[0]].prompt)  # a table of positions has no more than so many
+            most = min(self.config.eval_max_new_tokens, max(1, limit - longest) if limit else 2**31)
+            rows = max(1, min(32, self._tokens // (longest + most)))
             batch, order = order[:rows], order[rows:]
             said = generate_texts(model, self.tokenizer, [sample[at].prompt for at in batch], max_new_tokens=most,
                                   batch_size=rows)

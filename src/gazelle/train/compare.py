@@ -14,7 +14,7 @@ from gazelle.base.errors import OptionError
 from gazelle.base.figures import COLOURS, INK
 from gazelle.base.files import write_text
 from gazelle.data.text_metrics import METRICS
-from gazelle.models.record import read_record
+from gazelle.models.record import RECORD, read_record
 from gazelle.train.checkpoint import checkpoints
 from gazelle.train.metrics import eval_history, is_eval_loss, read_metrics
 
@@ -118,20 +118,44 @@ def write_page(runs: Sequence[Run], path: Path) -> None:
 
 
 def _read(folder: Path, name: str) -> Run:
-    metrics = read_metrics(folder / "metrics.jsonl")
     if not folder.is_dir() or not (folder / "metrics.jsonl").is_file():
         raise OptionError("this is no run", where=str(folder), found="no metrics.jsonl" if folder.is_dir() else
                           "no such folder", expected="a folder that training wrote", fix="name the run's output_dir")
-    if not all(isinstance(entry, dict) and isinstance(entry.get("step"), int) for entry in metrics):
-        raise OptionError("the metrics of a run cannot be read", where=str(folder / "metrics.jsonl"),
-                          found="a line that is no log entry", expected="one JSON object with a step a line",
-                          fix="leave this run out")
+    metrics = _metrics(folder / "metrics.jsonl")
     record = read_record(folder).get("run") or {}
-    settings = dict(record.get("settings") or [])
+    pairs = {key: record.get(key) or [] for key in ("settings", "facts")}
+    if not (all(isinstance(them, list) and all(isinstance(pair, list) and [*map(type, pair)] == [str, str]
+                                               for pair in them) for them in pairs.values())
+            and all(isinstance(record.get(key), str | None) for key in ("train", "eval"))):
+        raise OptionError("what a run was cannot be read", where=str(folder / RECORD), found="other values in run",
+                          expected="what training wrote", fix="delete the file, or leave this run out")
+    settings = dict(pairs["settings"])
     settings |= {key: value for key, value in _recipe(folder).items() if key.rpartition(".")[2] not in settings}
     data = {what: Path(record[key]).name for what, key in (("data", "train"), ("evaluation data", "eval"))
             if record.get(key)}
-    return Run(name, folder, metrics, settings, _figures(folder, metrics, dict(record.get("facts") or [])) | data)
+    return Run(name, folder, metrics, settings, _figures(folder, metrics, dict(pairs["facts"])) | data)
+
+
+def _metrics(path: Path) -> list[dict[str, Any]]:
+    try:
+        metrics = read_metrics(path)
+    except UnicodeDecodeError as error:
+        raise OptionError("the metrics of a run cannot be read", where=str(path), found=str(error), expected="UTF-8",
+                          fix="leave this run out") from error
+    for entry in metrics:
+        numbers = isinstance(entry, dict) and all(value is None or isinstance(value, int | float)
+                                                  for name, value in entry.items() if _is_drawn(name))
+        if not numbers or not isinstance(entry.get("step"), int):
+            raise OptionError("the metrics of a run cannot be read", where=str(path),
+                              found=f"a line that is no log entry: {str(entry)[:60]}",
+                              expected="one JSON object with a step and numbers a line", fix="leave this run out")
+    return metrics
+
+
+def _is_drawn(name: str) -> bool:
+    """Whether what has this name in a log entry is reckoned with; a script's own figures may be lists."""
+    return name in ("loss", "learning_rate", "tokens_per_second", "peak_memory_gb", "train_runtime") or (
+        name.startswith("eval_") and name.endswith(("loss", "perplexity")))
 
 
 def _figures(folder: Path, metrics: list[dict[str, Any]], facts: dict[str, str]) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def check_best_metric(config: Any, names: list[str], *, has_metrics: bool) -> No
     best = config.metric_for_best_model
     given = [f"{name}_{figure}" if name else figure for name in names for figure in ("loss", "perplexity",
                                                                                      *graders(config))]
-    if best is not None and best.removeprefix("eval_") not in given and best != "loss" and not has_metrics:
+    if best is not None and best.removeprefix("eval_") not in given and not has_metrics:
         raise OptionError("no such metric to choose the best model by", where="metric_for_best_model", found=best,
                           expected=", ".join(f"eval_{name}" for name in given) + ", or what compute_metrics returns",
-                          fix="write eval_loss" if "" in names or not names else f"write eval_{given[0]}")
+                          fix="write eval_loss" if "" in names else f"write eval_{given[0]}")

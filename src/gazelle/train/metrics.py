@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from gazelle.base.files import write_text
@@ -16,7 +17,7 @@ class MetricsFile(TrainerCallback):
     """Appends every log entry, with its step, to `output_dir/metrics.jsonl`; a fresh run starts a fresh file."""
 
     def __init__(self) -> None:
-        self.begun = False
+        self.begun = self.ended = False
 
     def begin(self, args: TrainingArguments, state: TrainerState) -> None:
         """Start the file anew, once; after a resume, keep the entries up to the step resumed from."""
@@ -31,7 +32,14 @@ class MetricsFile(TrainerCallback):
     ) -> None:
         """Start the file, unless an evaluation before training did."""
         if state.is_world_process_zero:
+            self.begun, self.ended = self.begun and not self.ended, False  # a second run has a file of its own
             self.begin(args, state)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """The next run, if there is one, is another."""
+        self.ended = True
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl,
@@ -42,7 +50,7 @@ class MetricsFile(TrainerCallback):
             return
         self.begin(args, state)
         # JSON has no NaN: a loss that is not a number is written as null. Other people's callbacks log NumPy numbers.
-        numbers = {name: None if isinstance(value, float) and not math.isfinite(value) else value
+        numbers = {name: None if isinstance(value, float | np.floating) and not math.isfinite(value) else value
                    for name, value in logs.items()}
         with metrics_path(args).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step} | numbers, default=float) + "\n")
@@ -104,7 +112,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     entries: list[dict[str, Any]] = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:
-            entries.append(json.loads(line))
+            entries.append(json.loads(line, parse_constant=lambda _: None))  # NaN of other writers is none here either
         except json.JSONDecodeError:
             break
     return entries

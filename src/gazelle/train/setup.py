@@ -48,6 +48,9 @@ def check_together(config: SFTConfig, model: PreTrainedModel, eval_dataset: Any,
     if eval_dataset is not None and config.eval_split:
         raise OptionError("there are evaluation rows already", where="eval_split", found=str(config.eval_split),
                           expected="eval_dataset, or a share of the training rows", fix="leave one of the two out")
+    if isinstance(eval_dataset, Mapping) and not eval_dataset:
+        raise OptionError("there is no evaluation set", where="eval_dataset", found="an empty dictionary",
+                          expected="name: rows", fix="leave eval_dataset out, or put rows in")
     check_eval_rows(config, eval_dataset is not None or config.eval_split > 0)
     check_best_metric(config, list(eval_dataset) if isinstance(eval_dataset, Mapping) else [""],
                       has_metrics=has_metrics)

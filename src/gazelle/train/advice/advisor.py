@@ -97,8 +97,8 @@ class Advisor(TrainerCallback):
         logs: dict[str, float] | None = None, **kwargs: Any,
     ) -> None:
         """Say what is new. Every process sees the same figures and decides alike; the first one speaks."""
-        if self.mode == "off" or logs is None:
-            return
+        if self.mode == "off" or logs is None or self.watch.curves.ended:
+            return  # what is evaluated after the last step may be a test set, and says nothing of the run
         for finding in self.watch.take({"step": state.global_step} | logs):
             if state.is_world_process_zero:
                 logger.warning("Advice at %s", finding.line())

@@ -23,7 +23,8 @@ RISE_ORDERED = 1.0  # rows that get harder on purpose may well double the loss
 # Spike: a line so far above the LOOK before it, and back within BACK lines. As in `train/spikes.py` a loss has to be
 # three times what it was, and a nat more; in a line that is a mean over four steps or more that is diluted to half as
 # much again. Seven standard deviations of the logarithm: none of a run's thousands of lines is to be one by chance.
-LOOK, WARM, BACK, SPIKE_LOSS, SPIKE_NATS, SPIKE_NORM, SPIKE_NOISE = 64, 8, RISEN - 1, 3.0, 1.0, 10.0, 7.0
+# Of 64 lines noise is now and then measured at half of what it is, of 256 at three quarters.
+LOOK, RECENT, WARM, BACK, SPIKE_LOSS, SPIKE_NATS, SPIKE_NORM, SPIKE_NOISE = 256, 16, 8, RISEN - 1, 3.0, 1.0, 10.0, 7.0
 DILUTED = 4
 CLIP = 0.3  # as QLoRA clips (arXiv 2305.14314)
 # Overfitting: the same rows are evaluated each time, so little is noise. Two evaluations in a row above the best, or
@@ -217,10 +218,12 @@ def underfitting(curves: Curves, facts: Facts) -> Said:
     if third.sum() < 4:
         return None
     level, fall, error = halves(losses[third])
+    # Noise of a dozen lines may be measured at half of what it is; that of all, as a share, is surer.
+    sure = MEDIAN_ERROR * level * noise(np.log(np.maximum(losses, 1e-30))) * math.sqrt(4 / third.sum())
     for _, evals, _ in curves.evals().values():
         if len(evals) > 1 and evals[-1] > 0.99 * evals[:-1].min():
             return None
-    if fall < max(SURE * error, STILL_FALLING * whole, LEAST_GAIN * level) or whole <= 0:
+    if fall < max(SURE * max(error, sure), STILL_FALLING * whole, LEAST_GAIN * level) or whole <= 0:
         return None
     rate = curves.peak_rate
     epochs = facts.epochs or (float(epoch[-1]) if np.isfinite(epoch[-1]) else None)
@@ -249,7 +252,7 @@ def held_out_gains(curves: Curves, since: float, least: float) -> bool:
 def robust_limit(values: Floats, times: float) -> tuple[float, float]:
     """What values are of late, and what is far above it: so many times, or standard deviations of the logarithm."""
     logs = np.log(np.maximum(values, 1e-30))
-    middle = float(np.median(logs[-LOOK // 4:]))  # of the last ones: a curve that falls was higher before
+    middle = float(np.median(logs[-RECENT:]))  # of the last ones: a curve that falls was higher before
     return math.exp(middle), math.exp(middle + max(math.log(times), SPIKE_NOISE * noise(logs)))
 
 

@@ -104,6 +104,7 @@ class DistillationTrainer(SFTTrainer):
         self._graphed = False
         tokenizer = self.processing_class
         pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.kept = kept
         if kept is not None:
             kept.check(self._rows(), vocabulary_of(student_model))
             self.data_collator: Collator = TaughtCollator(self._packed, pad, kept)
@@ -122,7 +123,8 @@ class DistillationTrainer(SFTTrainer):
         return [row for bin_ in self.train_dataset.bins for row in bin_]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        if self.teacher is None:
+        if self.kept is not None:
+            self.kept.check(self._rows(), vocabulary_of(self.model))  # train_on_responses_only makes other labels
             return super().train(*args, **kwargs)
         training = self.teacher.training
         self.teacher.eval()
