@@ -12,7 +12,7 @@ from gazelle.generate.options import Sampling, sampling_of
     ("max_new_tokens", 0), ("max_new_tokens", 1.5), ("temperature", -0.1), ("temperature", float("nan")),
     ("top_p", 0), ("top_p", 1.1), ("top_k", -2), ("min_p", 2), ("repetition_penalty", 0), ("logprobs", 21),
     ("seed", "x"), ("stop", ("",)), ("stop", ("a",) * 17), ("schema", "{"), ("schema", []), ("temperature", True),
-    ("presence_penalty", 3), ("stop_token_ids", ("a",))])
+    ("presence_penalty", 3), ("stop_token_ids", ("a",)), ("stop", 5), ("stop_token_ids", 2)])
 def test_out_of_range(name, value):
     with pytest.raises(OptionError) as caught:
         Sampling(**{name: value})
@@ -31,3 +31,10 @@ def test_a_name_that_is_none():
     with pytest.raises(OptionError, match="no such option") as caught:
         sampling_of(temprature=1)
     assert "temperature" in caught.value.fix
+
+
+@pytest.mark.parametrize("params", [64, "greedy", SimpleNamespace(max_tokens=5, min_tokens=3),
+                                    SimpleNamespace(max_tokens=5, logit_bias={3: 1.0})])
+def test_what_would_not_be_heeded_is_refused(params):
+    with pytest.raises(OptionError):
+        sampling_of(params)

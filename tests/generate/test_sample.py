@@ -11,7 +11,7 @@ from transformers import (
 )
 
 from gazelle.generate.options import Sampling
-from gazelle.generate.sample import Chooser, narrowed
+from gazelle.generate.sample import Chooser, choose_all, narrowed
 
 
 def reference(logits, sampling):
@@ -57,3 +57,18 @@ def test_draws_follow_the_probabilities():
     for _ in range(4000):
         counts[chooser.choose(logits, [])] += 1
     torch.testing.assert_close(counts / 4000, logits.softmax(-1), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-320, 1e-38, 1.1e-5])
+def test_next_to_no_temperature_takes_the_likeliest(temperature):
+    """And makes no infinity, which would end all requests of the step."""
+    logits = torch.tensor([3.0, 88.0, -5.0])
+    assert Chooser(Sampling(temperature=temperature), [0]).choose(logits, []) == 1
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf")])
+def test_logits_that_are_no_numbers_end_their_row_alone(value):
+    logits = torch.tensor([[1.0, 2.0, 0.0], [value] * 3])
+    choosers = [Chooser(Sampling(temperature=1, seed=0), [0]), Chooser(Sampling(temperature=1, seed=0), [0])]
+    fine, broken = choose_all(logits, choosers, [[], []])
+    assert fine.token is not None and broken.token is None and broken.error is not None

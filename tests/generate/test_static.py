@@ -62,3 +62,11 @@ def test_recorded_on_a_gpu(letters, prompts):
                  for number, row in enumerate(rows)]
         drive(batcher)
     assert [request.tokens for request in requests] == [request.tokens for request in again]
+
+
+def test_prompts_of_a_token_a_step(letters, prompts):
+    """Pieces of a prompt of one token look like answers, but nothing is to be chosen after them."""
+    model = mixed()
+    rows = prompts(7, 3, 9)
+    want = answers(model, letters, rows, static=False)
+    assert answers(model, letters, rows, static=True, step_tokens=1) == want

@@ -1,6 +1,7 @@
 """The thread answers, outlives errors of steps and of listeners, drains and stops."""
 
 import asyncio
+import queue
 import threading
 
 import pytest
@@ -120,3 +121,25 @@ def test_draining_answers_what_is_there_and_takes_no_more(worker):
 def test_mistakes_are_raised_where_they_are_made(worker):
     with pytest.raises(OptionError):
         worker.stream([], Sampling())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_died(letters, monkeypatch):
+    """A broken device fails in clearing up, too."""
+    model = make("llama", 3).eval()
+
+    def broken(*_, **__):
+        raise RuntimeError("the device is lost")
+
+    with Batcher(model, letters) as batcher:
+        monkeypatch.setattr(batcher.runner, "run", broken)
+        monkeypatch.setattr(batcher.runner, "drop", broken)
+        worker = Worker(batcher).start()
+        events = queue.SimpleQueue()
+        worker.submit([3, 4], Sampling(max_new_tokens=5), deliver=events.put)
+        event = events.get(timeout=10)
+        assert event.finish_reason == "error" and isinstance(event.error, WorkerStoppedError)
+        worker.stop(timeout=10)
+        assert not worker.alive
+        with pytest.raises(WorkerStoppedError):
+            worker.submit([3, 4], Sampling(max_new_tokens=5), deliver=events.put)

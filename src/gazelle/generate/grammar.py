@@ -69,6 +69,8 @@ class Grammar:
         bias = torch.frombuffer(bytearray(self._matcher.compute_logit_bias()), dtype=torch.uint8)
         allowed = torch.zeros(logits.shape[-1], dtype=torch.bool)
         allowed[:len(bias)] = bias[:logits.shape[-1]] > 0
+        if not allowed.any():
+            raise GrammarError("the answer cannot go on as its schema wants it: no token may come")
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
     def take(self, token: int) -> None:

@@ -14,6 +14,13 @@ _RANGES = {"max_new_tokens": (1, 1 << 24), "temperature": (0, 100), "top_k": (-1
            "logprobs": (0, 20), "seed": (-(1 << 63), (1 << 63) - 1)}
 _WHOLE = ("max_new_tokens", "top_k", "logprobs", "seed")
 _MOST_STOPS, _LONGEST_STOP = 16, 1000
+_GREEDY = 1e-5  # vLLM's, too: below it the likeliest token has all of the probability
+# What vLLM's objects may ask for beyond `Sampling`, and what they have where it is not asked for.
+_NOT_HERE: dict[str, tuple[Any, ...]] = {
+    "min_tokens": (0,), "logit_bias": (None, {}), "allowed_token_ids": (None, []), "bad_words": (None, []),
+    "logits_processors": (None, []), "structured_outputs": (None,), "guided_decoding": (None,),
+    "prompt_logprobs": (None,), "include_stop_str_in_output": (False,), "skip_special_tokens": (True,),
+}
 
 
 @dataclass(frozen=True)
@@ -22,7 +29,7 @@ class Sampling:
 
     Attributes:
         max_new_tokens: tokens the answer may have; None for as many as the context takes.
-        temperature: 0 takes the likeliest token each time, more draws at random.
+        temperature: 0, or next to it, takes the likeliest token each time, more draws at random.
         top_p: draw from the likeliest tokens that hold this share of the probability together.
         top_k: draw from this many likeliest tokens; 0 or -1 for all.
         min_p: drop tokens less likely than this share of the likeliest one's probability.
@@ -61,6 +68,10 @@ class Sampling:
                 raise _wrong(name, value, f"a {'whole ' * (name in _WHOLE)}number from {least} to {most}")
         if isinstance(self.top_p, bool) or not isinstance(self.top_p, int | float) or not 0 < self.top_p <= 1:
             raise _wrong("top_p", self.top_p, "above 0 and at most 1")
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str | list | tuple | set | frozenset):
+                raise _wrong(name, value, "a list")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stop) > _MOST_STOPS or not all(isinstance(text, str) and 0 < len(text) <= _LONGEST_STOP
                                               for text in stop):
@@ -80,7 +91,7 @@ class Sampling:
     @property
     def greedy(self) -> bool:
         """Whether the likeliest token is taken."""
-        return self.temperature == 0
+        return self.temperature < _GREEDY
 
     @property
     def penalised(self) -> bool:
@@ -92,7 +103,7 @@ def sampling_of(params: Any = None, **options: Any) -> Sampling:
     """A `Sampling` of vLLM's `SamplingParams`, of a dict, of a `Sampling`, of keyword arguments, or of some of these.
 
     Raises:
-        OptionError: a name that is not known, or a value out of range.
+        OptionError: a name that is not known, a value out of range, or something vLLM does and this does not.
     """
     known = {field.name for field in fields(Sampling)}
     if params is None:
@@ -101,6 +112,14 @@ def sampling_of(params: Any = None, **options: Any) -> Sampling:
         given = dict(params)
     else:
         names = (*known, *_NAMES)
+        if not any(hasattr(params, name) for name in names):
+            raise OptionError("these are no options of generation", where="sampling_params", found=repr(params),
+                              expected="a Sampling, vLLM's SamplingParams or a dict",
+                              fix="name the option, such as max_new_tokens=64")
+        for name, idle in _NOT_HERE.items():
+            if (value := getattr(params, name, idle[0])) not in idle:
+                raise OptionError("generation has no such option", where=name, found=repr(value),
+                                  expected="an option of Sampling", fix="leave it out")
         given = {name: getattr(params, name) for name in names if getattr(params, name, None) is not None}
         if not isinstance(params, Sampling):
             given.pop("schema", None)  # pydantic objects have a method of that name

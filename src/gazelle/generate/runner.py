@@ -50,7 +50,7 @@ class PagedRunner:
 
     @torch.no_grad()
     def run(self, rows: Sequence[Row]) -> Tensor:
-        if self.static is not None and all(len(row.ids) == 1 for row in rows):
+        if self.static is not None and all(len(row.ids) == 1 and row.wanted for row in rows):
             return self.static.run(rows)
         passes: dict[Hashable, list[int]] = {}
         for index, row in enumerate(rows):

@@ -99,13 +99,13 @@ def choose_all(logits: Tensor, choosers: Sequence[Chooser], answers: Sequence[Se
     Greedy rows without anything else are chosen at once, with one wait for the device.
     """
     best, tokens = logits.max(-1)
-    broken = best.isnan()
+    broken = ~best.isfinite()
     taken = torch.stack([tokens, broken.long()]).tolist()
     found = []
     for row, chooser in enumerate(choosers):
         if taken[1][row]:
             found.append(Choice(None, error=ModelError(
-                "the model's logits hold a NaN", where="generation", found="NaN", expected="numbers",
+                "the model's logits hold a NaN", where="generation", found="NaN or infinity", expected="numbers",
                 fix="load the model in bfloat16 or float32")))
             continue
         try:

@@ -109,6 +109,25 @@ class Worker:
             self._thread.join(timeout)
 
     def _run(self) -> None:
+        try:
+            self._go_on()
+        finally:  # should this thread ever die of an error, nobody may wait for it
+            self._give_up()
+
+    def _give_up(self) -> None:
+        """Tell all that still wait that no answer will come."""
+        with self._wake:
+            self._closing = True
+            left, self._deliver = self._deliver, {}
+            self._wake.notify_all()
+        for request, deliver in left.items():
+            error = WorkerStoppedError("the worker has stopped")
+            try:
+                deliver(Event(request, finish_reason="error", error=error))
+            except Exception:  # noqa: BLE001 — the listener's; the others are told
+                logger.warning("Nobody takes the answer of request %d.", request.number, exc_info=True)
+
+    def _go_on(self) -> None:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._closing or self.batcher.busy)
