@@ -1,6 +1,7 @@
 """The thread answers, outlives errors of steps and of listeners, drains and stops."""
 
 import asyncio
+import queue
 import threading
 
 import pytest
@@ -120,3 +121,23 @@ def test_draining_answers_what_is_there_and_takes_no_more(worker):
 def test_mistakes_are_raised_where_they_are_made(worker):
     with pytest.raises(OptionError):
         worker.stream([], Sampling())
+
+
+def test_whoever_waits_is_told_when_the_thread_ends(worker, monkeypatch):
+    """Nothing is known to end it; should it happen, nobody waits for an answer that never comes."""
+    def fail(*_):
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(worker.batcher, "step", fail)
+    monkeypatch.setattr(worker.batcher, "abort", fail)
+    told = [queue.SimpleQueue() for _ in range(3)]
+    with worker._wake:
+        for events in told:
+            worker.submit([3, 4], Sampling(max_new_tokens=5), deliver=events.put)
+    for events in told:
+        event = events.get(timeout=10)
+        assert event.finish_reason == "error" and "on purpose" in str(event.error)
+    worker._thread.join(10)
+    assert not worker.alive
+    with pytest.raises(WorkerStoppedError):
+        worker.submit([3, 4], Sampling(max_new_tokens=5), deliver=told[0].put)

@@ -22,7 +22,7 @@ class Worker:
     """Runs `batcher.step()` as long as there is something to do, in a thread of its own.
 
     An error in a step ends the requests that were in it, each with an event whose reason is "error"; the thread goes on
-    with the others.
+    with the others. Should the thread end all the same, so do all requests.
 
     Args:
         batcher: which is this worker's alone from now on.
@@ -109,12 +109,18 @@ class Worker:
             self._thread.join(timeout)
 
     def _run(self) -> None:
-        while True:
+        try:
+            while True:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._closing or self.batcher.busy)
+                    if self._closing and not self.batcher.busy:
+                        return
+                self._hand_out(self._step())
+        except Exception as error:  # noqa: BLE001 — it is logged, and handed to all that wait
+            logger.critical("The thread of generation ended; nothing is answered any more.", exc_info=True)
             with self._wake:
-                self._wake.wait_for(lambda: self._closing or self.batcher.busy)
-                if self._closing and not self.batcher.busy:
-                    return
-            self._hand_out(self._step())
+                self._closing, left = True, list(self._deliver)
+            self._hand_out([Event(request, finish_reason="error", error=error) for request in left])
 
     def _step(self) -> list[Event]:
         try:
