@@ -123,23 +123,21 @@ def test_mistakes_are_raised_where_they_are_made(worker):
         worker.stream([], Sampling())
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_nobody_waits_for_a_thread_that_died(letters, monkeypatch):
-    """A broken device fails in clearing up, too."""
-    model = make("llama", 3).eval()
+def test_whoever_waits_is_told_when_the_thread_ends(worker, monkeypatch):
+    """Nothing is known to end it; should it happen, nobody waits for an answer that never comes."""
+    def fail(*_):
+        raise RuntimeError("on purpose")
 
-    def broken(*_, **__):
-        raise RuntimeError("the device is lost")
-
-    with Batcher(model, letters) as batcher:
-        monkeypatch.setattr(batcher.runner, "run", broken)
-        monkeypatch.setattr(batcher.runner, "drop", broken)
-        worker = Worker(batcher).start()
-        events = queue.SimpleQueue()
-        worker.submit([3, 4], Sampling(max_new_tokens=5), deliver=events.put)
-        event = events.get(timeout=10)
-        assert event.finish_reason == "error" and isinstance(event.error, WorkerStoppedError)
-        worker.stop(timeout=10)
-        assert not worker.alive
-        with pytest.raises(WorkerStoppedError):
+    monkeypatch.setattr(worker.batcher, "step", fail)
+    monkeypatch.setattr(worker.batcher, "abort", fail)
+    told = [queue.SimpleQueue() for _ in range(3)]
+    with worker._wake:
+        for events in told:
             worker.submit([3, 4], Sampling(max_new_tokens=5), deliver=events.put)
+    for events in told:
+        event = events.get(timeout=10)
+        assert event.finish_reason == "error" and "on purpose" in str(event.error)
+    worker._thread.join(10)
+    assert not worker.alive
+    with pytest.raises(WorkerStoppedError):
+        worker.submit([3, 4], Sampling(max_new_tokens=5), deliver=told[0].put)

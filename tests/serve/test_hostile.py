@@ -4,9 +4,11 @@ import asyncio
 import contextlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -14,6 +16,7 @@ from tests.serve.conftest import Running, eventually
 
 from gazelle.__main__ import main
 from gazelle.base.errors import OptionError
+from gazelle.serve.forms import ChatForm
 from gazelle.serve.keys import add_key, read_keys
 from gazelle.serve.settings import Limits, Settings, check_exposed
 
@@ -211,6 +214,21 @@ def test_endless_prompts_are_refused_while_others_are_answered(server: Running) 
                 assert (await task).json()["error"]["code"] == "context_length_exceeded"
 
     asyncio.run(both())
+
+
+def test_an_answer_is_written_beside_the_loop(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the likeliest tokens of thousands it takes seconds, in which the loop would answer nobody."""
+    writers = []
+    whole = ChatForm.whole
+
+    def noted(form: ChatForm, choices: Any) -> dict[str, Any]:
+        writers.append(threading.current_thread().name)
+        return whole(form, choices)
+
+    monkeypatch.setattr(ChatForm, "whole", noted)
+    answer = httpx.post(f"{start().url}/v1/chat/completions", json=ASK | {"logprobs": True, "top_logprobs": 20})
+    assert len(answer.json()["choices"][0]["logprobs"]["content"]) == 2
+    assert [name.startswith("prepare") for name in writers] == [True]
 
 
 def test_keys(start: Callable[..., Running], tmp_path: Path) -> None:

@@ -159,7 +159,7 @@ def test_no_client_makes_new_series(start: Callable[..., Running]) -> None:
         strange(0)
         running.metrics()  # which is a request, too
         before = len(values(running))
-        for number in range(1, 30):
+        for number in range(1, 8):
             strange(number)
     assert len(values(running)) == before
 
@@ -201,3 +201,26 @@ def test_gpus_are_read_where_torch_has_them(monkeypatch: pytest.MonkeyPatch) -> 
     assert samples["gazelle_gpu_memory_bytes", "1", "used"] == 89
     assert samples["gazelle_gpu_memory_bytes", "0", "total"] == 100
     assert samples["gazelle_gpu_utilization_ratio", "1"] == 0.26
+
+
+def test_a_gpu_that_nvml_says_nothing_of_hides_no_other_metric(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A part of a GPU (MIG) has no utilisation, and a container may have no NVML."""
+    import pynvml
+    import torch
+
+    from gazelle.base.metrics import Resources
+
+    def silent(index: int) -> int:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED) if index else RuntimeError("no driver")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda index: (10, 100))
+    monkeypatch.setattr(torch.cuda, "utilization", silent)
+    resources = Resources()
+    for _ in range(2):
+        names = [sample.name for family in resources.collect() for sample in family.samples]
+        assert names.count("gazelle_gpu_memory_bytes") == 4 and "gazelle_gpu_utilization_ratio" not in names
+    assert [record.getMessage()[:16] for record in caplog.records] == ["The use of GPU 0", "The use of GPU 1"]

@@ -3,18 +3,26 @@
 import importlib.util
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import psutil
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from gazelle.base.log import logger
+
 
 class Resources(Collector):
     """Memory in bytes, processor time in seconds, and on CUDA each GPU's memory and use.
 
-    Use of a GPU is asked of NVML, which needs the package nvidia-ml-py; without it that metric has no values.
+    Use of a GPU is asked of NVML, which needs the package nvidia-ml-py; without it that metric has no values, nor for
+    a GPU of which NVML does not tell, such as a part of one (MIG).
     """
+
+    def __init__(self) -> None:
+        psutil.cpu_percent()  # of which the first answer is always 0
+        self._silent: set[int] = set()  # GPUs of which it has been said
 
     def collect(self) -> Iterator[Metric]:
         """Called at every scrape."""
@@ -44,10 +52,22 @@ class Resources(Collector):
                 free, total = torch.cuda.mem_get_info(index)
                 held.add_metric([str(index), "used"], total - free)
                 held.add_metric([str(index), "total"], total)
-                if watched:
-                    use.add_metric([str(index)], torch.cuda.utilization(index) / 100)
+                if watched and (share := self._use(torch, index)) is not None:
+                    use.add_metric([str(index)], share)
         yield held
         yield use
+
+    def _use(self, torch: Any, index: int) -> float | None:
+        """Of a GPU. All other metrics are told even if NVML will not tell this one."""
+        from pynvml import NVMLError
+
+        try:
+            return float(torch.cuda.utilization(index) / 100)
+        except (NVMLError, RuntimeError, ImportError) as error:
+            if index not in self._silent:
+                self._silent.add(index)
+                logger.warning("The use of GPU %d is not known: %s", index, error)
+            return None
 
 
 def new_registry() -> CollectorRegistry:

@@ -22,7 +22,7 @@ class Worker:
     """Runs `batcher.step()` as long as there is something to do, in a thread of its own.
 
     An error in a step ends the requests that were in it, each with an event whose reason is "error"; the thread goes on
-    with the others.
+    with the others. Should the thread end all the same, so do all requests.
 
     Args:
         batcher: which is this worker's alone from now on.
@@ -110,30 +110,17 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            self._go_on()
-        finally:  # should this thread ever die of an error, nobody may wait for it
-            self._give_up()
-
-    def _give_up(self) -> None:
-        """Tell all that still wait that no answer will come."""
-        with self._wake:
-            self._closing = True
-            left, self._deliver = self._deliver, {}
-            self._wake.notify_all()
-        for request, deliver in left.items():
-            error = WorkerStoppedError("the worker has stopped")
-            try:
-                deliver(Event(request, finish_reason="error", error=error))
-            except Exception:  # noqa: BLE001 — the listener's; the others are told
-                logger.warning("Nobody takes the answer of request %d.", request.number, exc_info=True)
-
-    def _go_on(self) -> None:
-        while True:
+            while True:
+                with self._wake:
+                    self._wake.wait_for(lambda: self._closing or self.batcher.busy)
+                    if self._closing and not self.batcher.busy:
+                        return
+                self._hand_out(self._step())
+        except Exception as error:  # noqa: BLE001 — it is logged, and handed to all that wait
+            logger.critical("The thread of generation ended; nothing is answered any more.", exc_info=True)
             with self._wake:
-                self._wake.wait_for(lambda: self._closing or self.batcher.busy)
-                if self._closing and not self.batcher.busy:
-                    return
-            self._hand_out(self._step())
+                self._closing, left = True, list(self._deliver)
+            self._hand_out([Event(request, finish_reason="error", error=error) for request in left])
 
     def _step(self) -> list[Event]:
         try:

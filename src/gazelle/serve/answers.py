@@ -89,7 +89,7 @@ class Answer(Response):
                 else:
                     async for _ in self._events():
                         pass
-                    body = json.dumps(self._form.whole(self._choices), ensure_ascii=False).encode()
+                    body = await asyncio.get_running_loop().run_in_executor(self._service.pool, self._whole)
                     await send({"type": "http.response.start", "status": 200, "headers": [
                         (b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()),
                         (b"x-request-id", self._form.id.encode())]})
@@ -101,6 +101,10 @@ class Answer(Response):
                 raise error from None
             # The status has been sent: a stream says it as OpenAI's does, as its last event.
             await send({"type": "http.response.body", "body": _event(error.body()), "more_body": False})
+
+    def _whole(self) -> bytes:
+        """For a thread: with the likeliest tokens of thousands, it takes seconds to write."""
+        return json.dumps(self._form.whole(self._choices), ensure_ascii=False).encode()
 
     async def _submit(self) -> None:
         """Prepare in a thread, where long texts hold up nobody, and ask the worker."""
