@@ -97,3 +97,10 @@ def test_mistakes_about_a_model(tmp_path: Path, options: list[str], said: str,
                                 capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(tmp_path / "model"), *options]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("options", "said"), [(["--dtype", "fp7"], "fp7"), (["--lengths", "0"], "--lengths")])
+def test_mistakes_are_told_of_before_the_model_is_loaded(options: list[str], said: str,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "no/such-model", *options]) == 2
+    assert said in capsys.readouterr().err

@@ -175,11 +175,28 @@ def test_tasks_of_lm_eval_from_local_files(here: Path, monkeypatch: pytest.Monke
     (["http://x/v1#m", "--cases", "cases.jsonl", "--api-key-env", "GAZELLE_NO_KEY"], "not set"),
     (["base", "--cases", "cases.jsonl", "--output", "cases.jsonl/out"], "runs through a file"),
     (["x.gguf", "--cases", "cases.jsonl", "--llama", "."], "llama.cpp is not there"),
+    (["base", "--cases", "cases.jsonl", "--limit", "3"], "would do nothing"),
+    (["base", "--tasks", "x", "--judge", "base"], "would do nothing"),
+    (["http://x/v1?key=hunter2#m", "--cases", "cases.jsonl"], "with a query"),
 ])
 def test_mistakes(here: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", *arguments]) == 2
     assert said in capsys.readouterr().err
     assert {path.name for path in here.iterdir()} == {"base", "other", "cases.jsonl"}
+
+
+@pytest.mark.parametrize("second", ["out/none", "http://127.0.0.1:9/v1#x"])
+@pytest.mark.parametrize("option", ["", "--judge="])
+def test_a_model_that_is_not_there_is_told_of_before_any_is_asked(
+        here: Path, second: str, option: str, capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: Any, **__: Any) -> None:
+        raise AssertionError("a model was asked")
+
+    monkeypatch.setattr("gazelle.evaluate.answerers.LocalModel.ask", ask)
+    assert main(["eval", "base", f"{option}{second}" if option else f"second={second}", "--cases",
+                 "cases.jsonl"]) == 2
+    assert second.partition("#")[0] in capsys.readouterr().err
 
 
 def test_without_lm_eval_it_is_named(here: Path, capsys: pytest.CaptureFixture[str],

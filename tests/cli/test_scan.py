@@ -27,6 +27,7 @@ def data(tmp_path, monkeypatch):
         (["--fail-on", "emial"], 2),
         (["--against", "none.jsonl"], 2),
         (["--json", "no/such/report.json"], 2),
+        (["--json", "."], 2),
         (["--threshold", "7"], 2),
     ],
 )

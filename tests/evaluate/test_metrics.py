@@ -121,7 +121,7 @@ def test_a_function_is_a_metric() -> None:
     def bleu(_case: Case, answer: str) -> float:
         return 1.0
 
-    with pytest.raises(OptionError, match="name of a metric"):
+    with pytest.raises(OptionError, match="name of another metric"):
         find_metrics([bleu])
 
 

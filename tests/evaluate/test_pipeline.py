@@ -240,3 +240,14 @@ def test_units() -> None:
     assert shown(METRICS["peak_memory"], Estimate(1.5e9)) == "1.50 GB"
     assert shown(METRICS["perplexity"], Estimate(1234.56)) == "1,234.6"
     assert shown(METRICS["accuracy"], None) == "–"
+
+
+def test_an_answer_in_a_table_cannot_steer_the_terminal() -> None:
+    found = EvaluationPipeline(Parrot("\x1b[2Jgone\x9b1m\x07"), test_cases=CASES, metrics=["accuracy"]).run()
+    text = found.to_markdown()
+    assert "[2Jgone1m" in text and not set(text) & {"\x1b", "\x9b", "\x07"}
+
+
+def test_two_functions_of_one_name_are_two_metrics_or_none() -> None:
+    with pytest.raises(OptionError, match="name of another metric"):
+        EvaluationPipeline(Parrot("x"), test_cases=CASES, metrics=[lambda _, __: 0.0, lambda _, __: 1.0])

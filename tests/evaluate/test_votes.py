@@ -100,3 +100,12 @@ def test_a_line_that_is_no_vote_is_named(tmp_path: Path, line: str) -> None:
     with pytest.raises(DataError, match="no vote") as caught:
         VoteFile(path)
     assert caught.value.where.endswith("line 1")
+
+
+def test_a_report_with_a_hole_and_a_folder_for_votes(tmp_path: Path) -> None:
+    (tmp_path / "evaluation.json").write_text(json.dumps({"models": {"a": {}, "b": {}}, "cases": [
+        {"messages": [{"role": "user", "content": "q"}], "answers": {"a": "1"}}]}))
+    with pytest.raises(DataError, match="no evaluation"):
+        pairs_of(tmp_path)
+    with pytest.raises(DataError, match="kept in a file"):
+        VoteFile(tmp_path)

@@ -165,3 +165,9 @@ def test_names_of_fail_on():
     assert set(parse_fail_on("leak")) == {"leak", "near_leak", "leaked_prompt"} and "card" in parse_fail_on("any")
     with pytest.raises(OptionError, match="unknown kind"):
         parse_fail_on("emial")
+
+
+def test_a_senders_address_is_no_role():
+    assert scan_data([{"from": "ann@mail.org", "to": "all", "body": "hello"}]).counts == {"email": 1}
+    turns = [{"from": "human", "value": "hello"}, {"from": "gpt", "value": "hi"}]
+    assert [text for _, text in texts_of({"conversations": turns})] == ["hello", "hi"]

@@ -72,7 +72,7 @@ def check(model, tokenizer, folder, number, tokens):
 
 
 def test_a_few(demo_model, demo_tokenizer, tmp_path):
-    check(demo_model(), demo_tokenizer, tmp_path, 5, 8)
+    check(demo_model(), demo_tokenizer, tmp_path, 5, 4)
 
 
 @pytest.mark.slow

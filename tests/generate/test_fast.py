@@ -111,3 +111,27 @@ def test_for_inference_and_for_training(loaded):
     FastLanguageModel.for_training(model)
     assert model.training and model.is_gradient_checkpointing
     assert model.fast_generate("hi", max_new_tokens=5)[0].text == want
+
+
+def test_a_stream_that_nobody_reads_leaves_the_model_as_it_was(loaded):
+    model, _ = loaded
+    model.train()
+    pieces = model.fast_generate(["hi"], max_new_tokens=5, stream=True)
+    with pytest.raises(OptionError, match="answering elsewhere"):  # whichever ended first would put back too much
+        model.fast_generate(["hi"], max_new_tokens=5)
+    del pieces
+    assert model.training
+    assert model.fast_generate("hi", max_new_tokens=5)[0].outputs[0].token_ids
+
+
+@pytest.mark.parametrize("prompts", [[None], ["hi", 5], torch.tensor([1, 2]), [["a", "b"]], [[1.5, 2]]])
+def test_what_is_no_prompt(loaded, prompts):
+    with pytest.raises(OptionError, match="prompt"):
+        loaded[0].fast_generate(prompts, max_new_tokens=5)
+
+
+def test_ids_may_come_as_tensors(loaded):
+    model, _ = loaded
+    want = model.fast_generate([[5, 6, 7]], max_new_tokens=3)
+    assert model.fast_generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3) == want
+    assert model.fast_generate([torch.tensor([5, 6, 7]).numpy()], max_new_tokens=3) == want

@@ -131,3 +131,14 @@ def test_patterns_that_match_long_texts(gap):
 def test_what_a_stream_keeps_back_is_enough():
     with pytest.raises(OptionError, match="keep back more"):
         SafetyChecker(hold_back=10)
+
+
+@pytest.mark.parametrize("lead", ["\u200b", "\u200b\u00ad\ufeff", "\u200b" * 300])
+def test_what_cannot_be_seen_at_the_beginning_hides_nothing(lead):
+    checker = SafetyChecker(block_patterns=["build a bomb"])
+    stream = checker.stream()
+    out = "".join(stream.feed(char) for char in lead + "build a bomb " + "and so on " * 40)
+    assert stream.blocked and "build" not in out
+    stream = checker.stream()
+    text = lead + "ann@mail.org " + "and so on " * 40
+    assert "".join(stream.feed(char) for char in text) + stream.finish() == checker.filter(text)

@@ -33,6 +33,7 @@ from gazelle.data.load import load_conversations
 from gazelle.engine.graph import MOST_SHAPES, WARM_UP
 from gazelle.evaluate.benchmark import benchmark
 from gazelle.facade.language_model import FastLanguageModel
+from gazelle.models import options
 from gazelle.models.packed import packed_attention_on
 from gazelle.models.swap import accelerate
 from gazelle.train.config import SFTConfig
@@ -93,6 +94,8 @@ def bench_model(
     """Measure a model with a LoRA adapter on the engine, print the table, and write it where that is asked for."""
     log_to_terminal()
     seq_lengths, batch_sizes = numbers(lengths, "--lengths"), numbers(batches, "--batches")
+    if dtype is not None:
+        options.dtype(dtype)  # a name that is none is told of before the model is loaded
     if out is not None:
         check_writable(out.parent)
         if out.suffix not in (".json", ".csv", ".md", ".png") or out.is_dir():
@@ -116,11 +119,14 @@ def bench_model(
 
 
 def numbers(text: str, option: str) -> list[int]:
-    """The whole numbers of "256,512"."""
+    """The whole numbers of "256,512", from 1 on."""
     try:
-        return [int(part) for part in text.split(",")]
+        found = [int(part) for part in text.split(",")]
+        if min(found) < 1:
+            raise ValueError(text)
+        return found
     except ValueError as error:
-        raise OptionError("these are no numbers", where=option, found=text, expected="such as 256,512",
+        raise OptionError("these are no numbers from 1 on", where=option, found=text, expected="such as 256,512",
                           fix="write whole numbers with commas between") from error
 
 

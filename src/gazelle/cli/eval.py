@@ -24,6 +24,12 @@ def eval_command(
         raise OptionError("what is to be asked is not clear", where="--cases",
                           found="both --cases and --tasks" if tasks else "neither --cases nor --tasks",
                           expected="one of them", fix="name a file with --cases, or tasks of lm-eval with --tasks")
+    ignored = ({"--include-path": include_path, "--limit": limit, "--apply-chat-template": apply_chat_template}
+               if cases else {"--judge": judge})
+    for option, value in ignored.items():
+        if value:
+            raise OptionError("an option that would do nothing", where=option, found=value,
+                              expected=f"--{'tasks' if cases else 'cases'} beside it", fix=f"leave {option} out")
     if output is not None:
         check_writable(output)
 

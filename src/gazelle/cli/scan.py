@@ -21,6 +21,9 @@ def scan_command(data: str, against: str | None, out: Path | None, fail_on: Sequ
     if out is not None and not out.absolute().parent.is_dir():
         raise OutputError("there is no folder for the report", where=str(out), found=f"nothing at {out.parent}",
                           expected="a file in a folder that exists", fix=f"mkdir -p {out.parent}")
+    if out is not None and out.is_dir():
+        raise OutputError("the report is one file", where=str(out), found="a folder", expected="a JSON file",
+                          fix=f"write --json {out / 'scan.json'}")
     report = scan_data(data, against, threshold=threshold)
     typer.echo(
         f"{report.rows:,} rows" + (f", and {report.against:,} of {against} to look for in them" if against else "")

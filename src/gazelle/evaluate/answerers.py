@@ -17,7 +17,7 @@ from gazelle.data.conversation import Conversation, Turn
 from gazelle.data.encode import IGNORED, encode
 from gazelle.evaluate.cases import Case, Messages
 from gazelle.models.generate import generate_texts, stream_text
-from gazelle.models.load import load_model
+from gazelle.models.load import load_config, load_model
 from gazelle.models.modes import evaluating
 from gazelle.models.record import RECORD
 
@@ -46,6 +46,13 @@ class Answerer(ABC):
 
     runs_on: str = ""
     memory: int | None = None
+
+    def check(self) -> None:  # noqa: B027 — there may be nothing that can go wrong
+        """See in little time whether `open` can work: a model that is not there must not be told of hours later.
+
+        Raises:
+            UserError: it cannot.
+        """
 
     def open(self) -> None:  # noqa: B027 — there may be nothing to load
         """Load what is needed."""
@@ -83,6 +90,10 @@ class LocalModel(Answerer):
         if self._source is None and tokenizer is None:
             raise OptionError("a model without its tokenizer cannot be asked", where="tokenizer", found="none",
                               expected="the tokenizer that the model was loaded with", fix="pass tokenizer=")
+
+    def check(self) -> None:
+        if self._source is not None:
+            load_config(self._source)
 
     def open(self) -> None:
         if self._source is not None:

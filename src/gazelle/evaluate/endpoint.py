@@ -46,11 +46,24 @@ class Endpoint(Answerer):
             raise OptionError("an address with a password in it would be written into the report", where="model",
                               found=f"{parts.scheme}://…@{parts.hostname}", expected="an address without a password",
                               fix="put the key into an environment variable, and name that with --api-key-env")
+        if parts.query:
+            raise OptionError("an address with a query would be written into the report", where="model",
+                              found=f"{parts.scheme}://{parts.hostname}…?…", expected="an address that ends before it",
+                              fix="put a key into an environment variable, and name that with --api-key-env")
         self.address = parts._replace(fragment="").geturl().rstrip("/")
         self.model = model or parts.fragment
         self._key = _key_in(key_variable)
         self._concurrency, self._timeout = concurrency, timeout
         self._client: Any = None
+
+    def check(self) -> None:
+        self.open()
+        try:
+            self._client.get("/models")  # which not every server has: that something answers is enough
+        except httpx.HTTPError as error:
+            raise self._unreachable(error) from error
+        finally:
+            self.close()
 
     def open(self) -> None:
         headers = {"Authorization": f"Bearer {self._key}"} if self._key else {}

@@ -77,6 +77,8 @@ def run_tasks(models: Mapping[str, Answerer], tasks: Sequence[str], *, include_p
             raise OptionError("lm-eval asks models in this process alone", where="MODEL", found=name,
                               expected="a folder, or a hub name", fix="leave it out, or use --cases")
     manager = _manager(tasks, include_path)
+    for model in local.values():
+        model.check()
     scores = []
     for name, model in local.items():
         logger.info("asking %s the tasks %s …", name, ", ".join(tasks))

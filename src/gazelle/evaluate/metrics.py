@@ -133,8 +133,8 @@ def find_metrics(asked: Sequence[str | Callable[[Case, str], float | None]]) -> 
     for one in [asked] if isinstance(asked, str) else asked:
         if callable(one):
             name = getattr(one, "__name__", type(one).__name__)
-            if name in METRICS:
-                raise OptionError("a function has the name of a metric", where="metrics", found=name,
+            if name in METRICS or name in found:
+                raise OptionError("a function has the name of another metric", where="metrics", found=name,
                                   expected="a name of its own", fix="rename the function")
             found[name] = Metric(name, "number", "higher", _function(one), (), "a function of yours")
             continue

@@ -82,7 +82,14 @@ class EvaluationPipeline:
 
     def run(self) -> EvaluationReport:
         """Ask every model, one after the other, then measure. Models that were given as folders are loaded meanwhile
-        and let go of again."""
+        and let go of again.
+
+        Raises:
+            UserError: before any model is asked, if one of them, or the judge, is not there.
+        """
+        judges = [self.judge] if isinstance(self.judge, Answerer) else []
+        for answerer in (*self.answerers.values(), *judges):
+            answerer.check()
         asked = {name: self._ask(name, answerer) for name, answerer in self.answerers.items()}
         grades = self._grade({name: replies for name, (replies, _, _) in asked.items()})
         groups = by_category(self.cases)

@@ -1,6 +1,7 @@
 """What an evaluation found, as JSON, Markdown, HTML and pictures."""
 
 import json
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -249,7 +250,7 @@ def shown(metric: Metric, estimate: Estimate | None, *, interval: bool = True, s
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; what would end a cell, or begin HTML, is escaped."""
+    """A Markdown table; what would end a cell, or begin HTML, is escaped, and what would steer a terminal left out."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
 
@@ -257,7 +258,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _cell(text: str) -> str:
     for char, safe in (("\\", "\\\\"), ("|", "\\|"), ("<", "&lt;"), ("`", "\\`")):
         text = text.replace(char, safe)
-    return " ".join(text.split())
+    return "".join(char for char in " ".join(text.split()) if unicodedata.category(char) != "Cc")
 
 
 def _plain(scores: Scores) -> dict[str, Any]:

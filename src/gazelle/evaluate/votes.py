@@ -102,7 +102,9 @@ def pairs_of(report: str | Path, models: Sequence[str] = (), seed: int | None = 
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(content[part], kind) for part, kind in (("models", dict), ("cases", list))):
+        if all(isinstance(content[part], kind) for part, kind in (("models", dict), ("cases", list))) and all(
+                case["messages"] and isinstance(case["answers"][name], str) for case in content["cases"]
+                for name in content["models"]):
             return dict(content)
         found = "other JSON"
     except FileNotFoundError:
@@ -125,6 +127,9 @@ class VoteFile:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.votes: dict[str, Vote] = {}  # the last vote of each pair
+        if self.path.is_dir():
+            raise DataError("votes are kept in a file", where=str(path), found="a folder", expected="a file",
+                            fix=f"write --votes {self.path / 'votes.jsonl'}")
         data = self.path.read_bytes() if self.path.exists() else b""
         self._whole = data.rfind(b"\n") + 1
         for number, line in enumerate(data[:self._whole].splitlines(), 1):

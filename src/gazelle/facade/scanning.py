@@ -190,12 +190,13 @@ class _Scan:
 
 
 def texts_of(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Every text in a row, with its place: ("messages[1].content", "…"). Names of roles are no texts."""
+    """Every text in a row, with its place: ("messages[1].content", "…"). Names of roles of turns are no texts."""
     if isinstance(value, str):
         yield name, value
     elif isinstance(value, Mapping):
+        roles = {"role": "content", "from": "value"}  # where the other is there, too; a mail's sender is a text
         for key, entry in value.items():
-            if key not in ("role", "from"):
+            if roles.get(key) not in value:
                 yield from texts_of(entry, f"{name}.{key}" if name else str(key))
     elif isinstance(value, list | tuple):
         for index, entry in enumerate(value):

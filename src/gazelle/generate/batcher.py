@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary, ref
 
 from gazelle.adapters.mixed import MixedAdapters
 from gazelle.adapters.unwrap import unwrap
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+_open: "WeakKeyDictionary[Any, ref[Batcher]]" = WeakKeyDictionary()  # model -> who has its layers now
+
+
 class Batcher:
     """Generates many answers at a time, one token of each a step.
 
@@ -50,6 +54,7 @@ class Batcher:
 
     Raises:
         ModelError: an adapter cannot be used, or there is no memory for one request.
+        OptionError: a number out of range, or the model is answering for another batcher that is still open.
     """
 
     def __init__(self, model: Any, tokenizer: "PreTrainedTokenizerBase", *,
@@ -62,6 +67,10 @@ class Batcher:
                 raise OptionError("a value out of range", where=name, found=value, expected="at least 1",
                                   fix=f"change {name}")
         inner = unwrap(model)
+        if inner in _open and _open[inner]() is not None:
+            # Either would put back what the other still needs: the mode, and the layers' adapters.
+            raise OptionError("the model is answering elsewhere", where="model", found="a batcher or stream not closed",
+                              expected="one at a time", fix="read the stream to its end, or close() it")
         limit = context_limit(inner.config.get_text_config())
         self.max_context = min(max_context or limit or 1 << 20, limit or 1 << 20)
         self.max_running, self.step_tokens = max_running, step_tokens
@@ -93,6 +102,8 @@ class Batcher:
         self._running: list[Request] = []
         self._untold: list[Event] = []  # events of a step that failed afterwards
         self.preempted = 0
+        self._inner = inner
+        _open[inner] = ref(self)
 
     def __enter__(self) -> "Batcher":
         return self
@@ -193,10 +204,13 @@ class Batcher:
         return untold + [self._finish(request, "error", error=error) for request in list(self._running)]
 
     def close(self) -> None:
-        """Put the model back into the state it was in."""
+        """Put the model back into the state it was in. Once is enough: a second time does nothing."""
         self.adapters.close()
         for module, training in self._modes:
             module.training = training
+        self._modes = []
+        if (owner := _open.get(self._inner)) is not None and owner() is self:
+            del _open[self._inner]
 
     def _collect(self) -> list[Event]:
         with self._lock:

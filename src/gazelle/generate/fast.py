@@ -1,10 +1,12 @@
 """`model.fast_generate`: many prompts at once, with vLLM's names for what goes in and comes out."""
 
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from gazelle.adapters.unwrap import unwrap
 from gazelle.base.errors import OptionError
@@ -139,7 +141,9 @@ def fast_generate(model: Any, tokenizer: "PreTrainedTokenizerBase", prompts: Pro
         batcher.close()
         raise
     if stream:
-        return _pieces(batcher, [few[0] for few in requests])
+        pieces = _pieces(batcher, [few[0] for few in requests])
+        weakref.finalize(pieces, batcher.close)  # a generator that nobody began does not close anything
+        return pieces
     logprobs: dict[Request, list[Logprob]] = {}
     with batcher:
         for event in _events(batcher):
@@ -200,9 +204,14 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", item: Any) -> list[int]:
             raise OptionError("a prompt as a dict holds its text or its ids", where="prompts", found=sorted(item),
                               expected="prompt or prompt_token_ids", fix="change the prompt")
         item = found
+    item = item.tolist() if hasattr(item, "tolist") else item  # arrays and tensors
+    if not isinstance(item, str | Sequence):
+        raise OptionError("this is no prompt", where="prompts", found=type(item).__name__,
+                          expected="a text, a conversation, a list of ids, or a list of these",
+                          fix="change the prompt")
     if not isinstance(item, str) and (not item or not isinstance(item[0], dict)):
-        return [int(token) for token in item]
-    return encode_prompt(tokenizer, item)
+        return [int(token) if isinstance(token, Integral) else token for token in item]
+    return encode_prompt(tokenizer, cast(Any, item))
 
 
 def _adapters(model: Any, wanted: Sequence[Any]) -> tuple[dict[str, str | PathLike[str]], list[str | None]]:

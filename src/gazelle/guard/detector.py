@@ -52,6 +52,8 @@ class Words:
 
 def named(before: str, own: Words, others: Words) -> bool | None:
     """True if the words before something name its kind, False if they name another kind, None if they name none."""
+    if not before:
+        return None
     mine, other = own.last(before), others.last(before)
     return None if mine == other == -1 else mine > other
 

@@ -3,10 +3,11 @@
 Digits may be spelt apart or grouped as people group them. Checksums and registries are python-stdnum's.
 """
 
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -42,25 +43,23 @@ class Run:
 _GROUP = re.compile(r"[0-9]+[Xx]?")
 
 
-_LENGTHS = {9, *range(13, 20)}  # of what the checks know
+_LENGTHS = (*range(19, 12, -1), 9)  # of what the checks know
 
 
-def runs(candidate: Candidate, longest: int = 19) -> Iterator[Run]:
+def runs(candidate: Candidate) -> Iterator[Run]:
     """Runs of whole groups with as many digits as a check knows, longest first at each start; in linear time."""
     groups = [(found[0], *found.span()) for found in _GROUP.finditer(candidate.text, candidate.start, candidate.end)]
-    for first, (part, start, _) in enumerate(groups):
-        if len(part) == 1 and first and len(groups[first - 1][0]) == 1:
+    sizes = [len(part) for part, _, _ in groups]
+    begins = [0, *itertools.accumulate(sizes)]
+    ends = {begin: number for number, begin in enumerate(begins)}  # digits so far -> groups so far
+    digits = "".join(part for part, _, _ in groups)
+    for first, (begin, size) in enumerate(zip(begins, sizes, strict=False)):
+        if size == 1 and first and sizes[first - 1] == 1:
             continue  # digits that are spelt apart begin where the first of them stands
-        found: list[Run] = []
-        digits, sizes = "", tuple[int, ...]()
-        for last in range(first, min(first + longest, len(groups))):
-            part, _, end = groups[last]
-            digits, sizes = digits + part, (*sizes, len(part))
-            if len(digits) > longest:
-                break
-            if len(digits) in _LENGTHS:
-                found.append(Run(digits, sizes, start, end))
-        yield from reversed(found)
+        for length in _LENGTHS:
+            if (last := ends.get(begin + length)) is not None:
+                yield Run(digits[begin:begin + length], tuple(sizes[first:last]), groups[first][1],
+                          groups[last - 1][2])
 
 
 def valid(module: str, number: str) -> bool:
@@ -109,18 +108,25 @@ _PROVINCES = {
 }
 
 
-def _card(run: Run, before: str) -> float | None:
-    if not (run.digits.isdigit() and 13 <= len(run.digits) <= 19 and _grouped(run.sizes) and _issuer(run.digits)):
+def _before(candidate: Candidate, start: int) -> str:
+    """What stands before a run on the same line, in lower case; nothing if that is digits alone, which tell nothing."""
+    if start - 40 >= candidate.start:
+        return ""
+    return candidate.text[max(0, start - 40):start].rpartition("\n")[2].lower()
+
+
+def _card(run: Run, before: Callable[[], str]) -> float | None:
+    if not (run.digits.isdigit() and _issuer(run.digits) and _grouped(run.sizes)):
         return None
     if not valid("luhn", run.digits):
         return None
-    said = named(before, _OF_CARD, _ORDINARY)
+    said = named(before(), _OF_CARD, _ORDINARY)
     if said is False or (said is None and len(run.digits) in (13, 19) and run.digits[0] == "4" and len(run.sizes) == 1):
         return None  # identifiers of 19 digits are common, such cards are not
     return 1.0 if said or len(run.sizes) > 1 else 0.95
 
 
-def _chinese_id(run: Run, _before: str) -> float | None:
+def _chinese_id(run: Run, _: Callable[[], str]) -> float | None:
     if not re.fullmatch(r"[0-9]{17}[0-9Xx]", run.digits) or not (
         len(run.sizes) == 1 or run.sizes in ((6, 8, 4), (6, 4, 4, 4)) or set(run.sizes[:-1]) == {1}
     ):
@@ -135,17 +141,18 @@ def _chinese_id(run: Run, _before: str) -> float | None:
     return 1.0 if is_one else None
 
 
-def _ssn(run: Run, before: str) -> float | None:
-    if len(run.digits) != 9 or not run.digits.isdigit():
+def _ssn(run: Run, before: Callable[[], str]) -> float | None:
+    if not run.digits.isdigit():
         return None
-    said = named(before, _OF_SSN, _ORDINARY)
+    said = named(before(), _OF_SSN, _ORDINARY)
     written = f"{run.digits[:3]}-{run.digits[3:5]}-{run.digits[5:]}"
     if said is False or (run.sizes != (3, 2, 4) and not said) or not valid("us.ssn", written):
         return None
     return 1.0 if said else 0.9
 
 
-_CHECKS = (("card", _card), ("cn_id", _chinese_id), ("us_ssn", _ssn))
+_CHECKS = {length: (("card", _card), *[("cn_id", _chinese_id)] * (length == 18)) for length in range(13, 20)}
+_CHECKS[9] = (("us_ssn", _ssn),)
 
 
 def _numbers(candidate: Candidate) -> Iterator[tuple[str, Span]]:
@@ -155,8 +162,8 @@ def _numbers(candidate: Candidate) -> Iterator[tuple[str, Span]]:
     for run in runs(candidate):
         if run.start < done:
             continue
-        before = candidate.text[max(0, run.start - 40):run.start].rpartition("\n")[2].lower()
-        for kind, check in _CHECKS:
+        before = partial(_before, candidate, run.start)
+        for kind, check in _CHECKS[len(run.digits)]:
             score = check(run, before)
             if score is not None:
                 yield kind, (run.start, run.end, score)

@@ -37,6 +37,7 @@ class GuardStream:
         self._window = ""  # the end of the text: context that has left, then all that waits
         self._left = 0     # how much of the window has left
         self._gone = 0     # how much of the text stands before the window
+        self._begun = False  # the window's first character is context; else nothing that can be seen stands before it
         self._unseen = 0
         self.blocked = False
         self.verdict: Verdict | None = None
@@ -70,7 +71,7 @@ class GuardStream:
 
     def _leave(self) -> str:
         folded = fold(self._window)
-        findings = settle(self._checker.scan(self._window, folded, 1 if self._gone else 0))
+        findings = settle(self._checker.scan(self._window, folded, 1 if self._begun else 0))
         limit = self._limit(folded, findings)
         for found in findings:
             if found.action == "block" and found.end > self._left and found.start < limit:
@@ -80,7 +81,9 @@ class GuardStream:
             return ""
         leaving = masked(self._window, findings, self._left, limit)
         seen = len(folded.text) if folded.offsets is None else int(folded.offsets.searchsorted(limit))
-        context = folded.origin(max(0, min(seen, limit) - CONTEXT))
+        first = max(0, min(seen, limit) - CONTEXT)
+        self._begun |= first > 0
+        context = folded.origin(first)
         self._window, self._left, self._gone = self._window[context:], limit - context, self._gone + context
         return leaving
 
