@@ -18,6 +18,7 @@ from gazelle.__main__ import main
 from gazelle.base.errors import OptionError
 from gazelle.serve.forms import ChatForm
 from gazelle.serve.keys import add_key, read_keys
+from gazelle.serve.server import listen
 from gazelle.serve.settings import Limits, Settings, check_exposed
 
 ASK = {"model": "base", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
@@ -67,6 +68,13 @@ def test_only_its_own_names_reach_a_server(server: Running, start: Callable[...,
     named = start(allowed_hosts=("models.example",))
     assert httpx.get(f"{named.url}/health", headers={"host": "models.example"}).status_code == 200
     assert httpx.get(f"{named.url}/health", headers={"host": "evil.example"}).status_code == 421
+    # Where it listens is a name of its own.
+    for host, own in (("127.0.0.5", "127.0.0.5"), ("::1", "[::1]"), ("[::1]", "[::1]")):
+        assert own in Settings(host=host).hosts and "evil.example" not in Settings(host=host).hosts
+    elsewhere = start(host="127.0.0.5")
+    url = elsewhere.url.replace("127.0.0.1", "127.0.0.5")
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert httpx.get(f"{url}/health", headers={"host": "evil.example"}).status_code == 421
 
 
 @pytest.mark.parametrize("request_", [
@@ -273,6 +281,17 @@ def test_other_machines_are_served_with_keys_alone(capsys: pytest.CaptureFixture
         check_exposed(Settings(host=host), keys=False, allowed=False)
     assert main(["serve", str(folder / "base"), "--host", "0.0.0.0"]) == 2
     assert "serve-key" in capsys.readouterr().err
+
+
+def test_of_two_servers_that_start_at_once_one_is_refused_before_it_loads() -> None:
+    first = listen(Settings(port=0))
+    try:
+        with pytest.raises(OptionError, match="in use"):
+            listen(Settings(port=first.getsockname()[1])).close()
+    finally:
+        first.close()
+    with pytest.raises(OptionError, match="cannot listen"):
+        listen(Settings(host="." + "x" * 70, port=0)).close()
 
 
 def test_limits_are_above_zero() -> None:
