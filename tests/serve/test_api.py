@@ -250,6 +250,35 @@ def test_a_model_that_fails_fails_one_request(start: Callable[..., Running], mon
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "worker_failed"
         assert client.post("/v1/chat/completions", json=ask).status_code == 200
     eventually(lambda: running.service._taken == 0)
+    text = running.metrics()  # no client went: these are faults
+    assert 'gazelle_answers_total{finish="worker_failed",model="base"} 2.0' in text and "cancelled" not in text
+    assert 'gazelle_answer_tokens_count{model="base"} 1.0' in text
+
+
+def test_a_worker_that_ends_ends_what_it_was_asked(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = start()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(running.service.worker.batcher, "step", fail)
+    monkeypatch.setattr(running.service.worker.batcher, "abort", fail)
+    answer = httpx.post(f"{running.url}/v1/chat/completions", json={"model": "base", "messages": QUESTION}, timeout=30)
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "worker_failed"
+    eventually(lambda: httpx.get(f"{running.url}/health").json() == {"status": "failed"})
+
+
+def test_an_answer_is_taken_back_as_clients_send_it(client: openai.OpenAI) -> None:
+    said = client.chat.completions.create(model="base", messages=QUESTION, temperature=0, max_tokens=1).choices[0]
+    for message in (said.message, said.message.model_dump(), said.message.model_dump(exclude_unset=True)):
+        again = client.chat.completions.create(model="base", messages=[*QUESTION, message, *QUESTION], max_tokens=1)
+        assert again.usage.completion_tokens == 1
+    parts = [{"type": "text", "text": "What is the capital "}, {"type": "text", "text": "of France?"}]
+    split = client.chat.completions.create(model="base", messages=[{"role": "user", "content": parts}], temperature=0,
+                                           max_completion_tokens=1)
+    assert split.choices[0].message.content == said.message.content
 
 
 def test_time_and_places_are_limited(start: Callable[..., Running]) -> None:
