@@ -19,7 +19,7 @@ from gazelle.generate.worker import WorkerStoppedError
 from gazelle.serve.errors import ApiError, from_user_error, unavailable
 from gazelle.serve.forms import Form
 from gazelle.serve.gate import Receive, Scope, Send, until_gone
-from gazelle.serve.metrics import Told
+from gazelle.serve.metrics import CANCELLED, Told
 from gazelle.serve.prompts import Job, ServedModel
 from gazelle.serve.service import Service
 
@@ -57,6 +57,7 @@ class Answer(Response):
         self._coming: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._began = 0.0
         self._key = "anonymous"
+        self._broken = CANCELLED  # why answers that have no end of their own ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client goes first."""
@@ -97,6 +98,8 @@ class Answer(Response):
         except (TimeoutError, ApiError) as error:
             if isinstance(error, TimeoutError):
                 error = unavailable("The answer took longer than the server allows.", "time_limit")
+            if error.status >= 500:
+                self._broken = error.code
             if not started:
                 raise error from None
             # The status has been sent: a stream says it as OpenAI's does, as its last event.
@@ -129,7 +132,7 @@ class Answer(Response):
                 choice.finish = "refused"
                 raise from_user_error(error) from error
             except WorkerStoppedError as error:
-                raise unavailable("The server is shutting down.", "shutting_down") from error
+                raise service.stopped() from error
 
     def _unwanted(self, asked: "asyncio.Future[Request]") -> None:
         if not asked.cancelled() and asked.exception() is None:
@@ -203,7 +206,7 @@ class Answer(Response):
         if choice.first_at is not None and written > 1:
             metrics.inter_token.labels(self._model.name).observe((choice.last_at - choice.first_at) / (written - 1))
         metrics.answer(Told(self._model.name, self._key, choice.job.ids, choice.ids, choice.text[:200],
-                            choice.finish or "cancelled"))
+                            choice.finish or self._broken))
 
 
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
