@@ -233,6 +233,25 @@ def test_endless_prompts_are_refused_while_others_are_answered(server: Running) 
     asyncio.run(both())
 
 
+def test_large_bodies_do_not_pile_up(start: Callable[..., Running]) -> None:
+    """They wait for one another, and each is held meanwhile: as many as there are places, the others come again."""
+    running = start(running=1, queue=1)
+
+    async def ask() -> list[httpx.Response]:
+        body = json.dumps({"model": "nobody", "prompt": "a" * 100_000}).encode()
+        async with httpx.AsyncClient(timeout=60, headers={"content-type": "application/json"}) as client:
+            while True:  # those that come one by one are all let in
+                answers = await asyncio.gather(*(
+                    client.post(f"{running.url}/v1/completions", content=body) for _ in range(20)))
+                if {answer.status_code for answer in answers} != {404}:
+                    return answers
+
+    answers = asyncio.run(asyncio.wait_for(ask(), 60))
+    assert {answer.status_code for answer in answers} == {404, 429}
+    assert {answer.headers["retry-after"] for answer in answers if answer.status_code == 429} == {"1"}
+    assert running.server.config.app._large_waiting == 0
+
+
 def test_an_answer_is_written_beside_the_loop(start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch) -> None:
     """With the likeliest tokens of thousands it takes seconds, in which the loop would answer nobody."""
     writers = []
