@@ -69,10 +69,10 @@ class Answer(Response):
         try:
             await until_gone(receive, self._answer(send))
         finally:
-            for choice in self._choices:
+            for index, choice in enumerate(self._choices):
                 if choice.finish is None and choice.request is not None:
                     service.worker.cancel(choice.request)
-                self._count(choice)
+                self._count(choice, first=index % self._form.each == 0)
             service.give(places, time.perf_counter() - self._began)
 
     async def _answer(self, send: Send) -> None:
@@ -199,14 +199,14 @@ class Answer(Response):
             yield _event(self._form.usage_chunk(self._choices))
         yield b"data: [DONE]\n\n"
 
-    def _count(self, choice: Choice) -> None:
+    def _count(self, choice: Choice, *, first: bool) -> None:
         if choice.finish == "refused":
             return
         metrics, written = self._service.metrics, len(choice.ids)
         if choice.first_at is not None and written > 1:
             metrics.inter_token.labels(self._model.name).observe((choice.last_at - choice.first_at) / (written - 1))
         metrics.answer(Told(self._model.name, self._key, choice.job.ids, choice.ids, choice.text[:200],
-                            choice.finish or self._broken))
+                            choice.finish or self._broken, first))
 
 
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),

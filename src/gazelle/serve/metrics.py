@@ -43,6 +43,7 @@ class Told:
     Attributes:
         ids: of its prompt, and of the answer.
         finish: why it ended; "cancelled" if the client went, the code of the error if the server broke it off.
+        first: of the answers to its prompt: a key pays for reading it once, as `usage` says.
     """
 
     model: str
@@ -51,6 +52,7 @@ class Told:
     answer: Sequence[int]
     text: str
     finish: str
+    first: bool = True
 
 
 class ServerMetrics:
@@ -113,7 +115,8 @@ class ServerMetrics:
         """Count an answer that has ended."""
         self._answers.labels(told.model, told.finish).inc()
         self._prompt_tokens.labels(told.model).observe(len(told.prompt))
-        self._key_tokens.labels(self._key(told.key), "prompt").inc(len(told.prompt))
+        if told.first:
+            self._key_tokens.labels(self._key(told.key), "prompt").inc(len(told.prompt))
         self._key_tokens.labels(self._key(told.key), "answer").inc(len(told.answer))
         if told.finish not in _WHOLE:
             return
