@@ -11,6 +11,8 @@ import openai
 import pytest
 from tests.serve.conftest import Reference, Running, eventually
 
+from gazelle.serve.answers import _event
+
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
@@ -50,6 +52,12 @@ def test_a_stream_is_the_same_answer(client: openai.OpenAI, reference: Reference
     assert reasons[-1] == "length" and set(reasons[:-1]) == {None}
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 12
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_an_event_is_one_line_to_every_client() -> None:
+    said = {"content": "a\u2028b\u2029c\x85d\ne\r\x1cf 你好 🦌"}
+    line, *rest = _event(said).decode().splitlines()  # as httpx and requests split a stream
+    assert rest == [""] and json.loads(line.removeprefix("data: ")) == said and "你好" in line
 
 
 def test_completions_of_texts_and_of_tokens(client: openai.OpenAI, reference: Reference) -> None:

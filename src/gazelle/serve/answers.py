@@ -212,6 +212,10 @@ class Answer(Response):
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no")]
 
+# Ends of lines to Unicode, and to clients that split text by those in place of SSE's; JSON has them in strings alone.
+_ENDS = {ord(end): json.dumps(end)[1:-1] for end in "\u0085\u2028\u2029"}
+
 
 def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).translate(_ENDS)
+    return b"data: " + text.encode() + b"\n\n"
