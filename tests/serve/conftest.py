@@ -114,7 +114,7 @@ def start(folder: Path) -> Iterator[Callable[..., Running]]:
         server = make_server(service, keys, ready.set)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
         thread.start()
-        assert ready.wait(20)
+        assert ready.wait(60)
         running = Running(f"http://127.0.0.1:{bound.getsockname()[1]}", service, server)
         stop.append((running, thread))
         return running
@@ -161,7 +161,7 @@ class Process:
             self.process.wait()
 
 
-def eventually(check: Callable[[], bool], seconds: float = 10) -> None:
+def eventually(check: Callable[[], bool], seconds: float = 30) -> None:
     """Wait until `check` holds."""
     until = time.monotonic() + seconds
     while not check():

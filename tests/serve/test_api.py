@@ -2,7 +2,7 @@
 
 import json
 import re
-import time
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +10,8 @@ import httpx
 import openai
 import pytest
 from tests.serve.conftest import Reference, Running, eventually
+
+from gazelle.serve.answers import _event
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -50,6 +52,12 @@ def test_a_stream_is_the_same_answer(client: openai.OpenAI, reference: Reference
     assert reasons[-1] == "length" and set(reasons[:-1]) == {None}
     assert chunks[-1].choices == [] and chunks[-1].usage.completion_tokens == 12
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_an_event_is_one_line_to_every_client() -> None:
+    said = {"content": "a\u2028b\u2029c\x85d\ne\r\x1cf 你好 🦌"}
+    line, *rest = _event(said).decode().splitlines()  # as httpx and requests split a stream
+    assert rest == [""] and json.loads(line.removeprefix("data: ")) == said and "你好" in line
 
 
 def test_completions_of_texts_and_of_tokens(client: openai.OpenAI, reference: Reference) -> None:
@@ -206,14 +214,26 @@ def test_a_client_that_goes_stops_its_answer(start: Callable[..., Running]) -> N
     batcher = running.service.worker.batcher
     body = {"model": "base", "messages": QUESTION, "temperature": 0, "max_tokens": 450,
             "stop": ["never", "ever"], "logit_bias": {}}
-    for stream in (True, False):
-        with httpx.Client(base_url=running.url, timeout=None if stream else 0.3) as client:
-            try:
-                with client.stream("POST", "/v1/chat/completions", json=body | {"stream": stream}) as answer:
+    def ended() -> int:
+        return sum(map(int, re.findall(r"gazelle_answers_total\{.*\} (\d+)", running.metrics())))
+
+    with httpx.Client(base_url=running.url, timeout=60) as client:
+        for number, stream in enumerate((True, False)):
+            def ask(stream: bool = stream) -> Any:
+                return client.stream("POST", "/v1/chat/completions", json=body | {"stream": stream})
+
+            if stream:
+                with ask() as answer:
                     next(answer.iter_bytes())
-            except httpx.ReadTimeout:
-                assert not stream
-        eventually(lambda: batcher.running == 0 and running.service._taken == 0, 5)
+            else:
+                with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as asking:
+                    content = json.dumps(body).encode()
+                    asking.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
+                                   b"application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(content), content))
+                    eventually(lambda: batcher.running == 1 or ended() == 2)
+            eventually(lambda number=number: ended() == number + 1)
+            assert running.service._taken == 0
+            eventually(lambda: batcher.running == 0)
     ends = dict(re.findall(r'gazelle_answers_total\{finish="(\w+)",model="base"\} (\d+)', running.metrics()))
     assert int(ends["cancelled"]) + int(ends.get("length", 0)) == 2  # a quick machine writes the second in time
 
@@ -250,17 +270,44 @@ def test_a_model_that_fails_fails_one_request(start: Callable[..., Running], mon
         assert json.loads(last.removeprefix("data: "))["error"]["code"] == "worker_failed"
         assert client.post("/v1/chat/completions", json=ask).status_code == 200
     eventually(lambda: running.service._taken == 0)
+    text = running.metrics()  # no client went: these are faults
+    assert 'gazelle_answers_total{finish="worker_failed",model="base"} 2.0' in text and "cancelled" not in text
+    assert 'gazelle_answer_tokens_count{model="base"} 1.0' in text
+
+
+def test_a_worker_that_ends_ends_what_it_was_asked(
+    start: Callable[..., Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    running = start()
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("on purpose")
+
+    monkeypatch.setattr(running.service.worker.batcher, "step", fail)
+    monkeypatch.setattr(running.service.worker.batcher, "abort", fail)
+    answer = httpx.post(f"{running.url}/v1/chat/completions", json={"model": "base", "messages": QUESTION}, timeout=30)
+    assert answer.status_code == 500 and answer.json()["error"]["code"] == "worker_failed"
+    eventually(lambda: httpx.get(f"{running.url}/health").json() == {"status": "failed"})
+
+
+def test_an_answer_is_taken_back_as_clients_send_it(client: openai.OpenAI) -> None:
+    said = client.chat.completions.create(model="base", messages=QUESTION, temperature=0, max_tokens=1).choices[0]
+    for message in (said.message, said.message.model_dump(), said.message.model_dump(exclude_unset=True)):
+        again = client.chat.completions.create(model="base", messages=[*QUESTION, message, *QUESTION], max_tokens=1)
+        assert again.usage.completion_tokens == 1
+    parts = [{"type": "text", "text": "What is the capital "}, {"type": "text", "text": "of France?"}]
+    split = client.chat.completions.create(model="base", messages=[{"role": "user", "content": parts}], temperature=0,
+                                           max_completion_tokens=1)
+    assert split.choices[0].message.content == said.message.content
 
 
 def test_time_and_places_are_limited(start: Callable[..., Running]) -> None:
-    running = start(running=2, queue=1, seconds=0.4)
+    hurried, running = start(seconds=0.4), start(running=2, queue=1)
     slow = {"model": "base", "messages": QUESTION, "temperature": 0, "max_tokens": 480}
-    with httpx.Client(base_url=running.url, timeout=20) as client:
-        began = time.monotonic()
-        late = client.post("/v1/chat/completions", json=slow)
-        if late.status_code != 200:  # a quick machine may be done
-            assert late.status_code == 503 and late.json()["error"]["code"] == "time_limit"
-            assert time.monotonic() - began < 5
+    late = httpx.post(f"{hurried.url}/v1/chat/completions", json=slow, timeout=60)
+    if late.status_code != 200:  # a quick machine may be done
+        assert late.status_code == 503 and late.json()["error"]["code"] == "time_limit"
+    with httpx.Client(base_url=running.url, timeout=60) as client:
         full = client.post("/v1/completions", json={"model": "base", "prompt": ["a"] * 4, "max_tokens": 1})
         assert full.status_code == 429 and int(full.headers["retry-after"]) >= 1
         assert full.json()["error"]["type"] == "rate_limit_error"

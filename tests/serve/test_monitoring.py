@@ -139,6 +139,7 @@ def test_what_is_counted_is_what_happened(start: Callable[..., Running], referen
     assert value("gazelle_answer_tokens_sum", model="red") == 6 * written
     assert value("gazelle_prompt_tokens_sum", model="red") == 6 * len(ids)
     assert value("gazelle_key_tokens_total", key="anonymous", kind="answer") == 6 * written
+    assert value("gazelle_key_tokens_total", key="anonymous", kind="prompt") == 3 * len(ids)  # as usage says
     assert value("gazelle_first_token_seconds_count", model="red") == 6
     assert value("gazelle_inter_token_seconds_count", model="red") == 6
     assert value("gazelle_request_seconds_count", path="/v1/completions") == 4

@@ -84,6 +84,13 @@ def test_a_port_that_is_taken_is_told(quick: Callable[..., SFTTrainer], tmp_path
         recipe.write_text("model: {name: nowhere}\ndata: {train: rows.jsonl}\n")
         assert main(["train", str(recipe), "--metrics-port", str(port)]) == 2
         assert "metrics_port" in capsys.readouterr().err  # and not that the model is nowhere
+        assert main(["train", str(recipe), f"train.metrics_port={port}"]) == 2
+        assert "metrics_port" in capsys.readouterr().err
+        assert main(["train", str(recipe), "--metrics-port", str(port), "--print-recipe"]) == 0
+        assert f"metrics_port: {port}" in capsys.readouterr().out
+        for wrong in ("70000", "-1", "x"):
+            assert main(["train", str(recipe), f"train.metrics_port={wrong}"]) == 2
+            assert "metrics_port" in capsys.readouterr().err
 
 
 def test_a_profile_of_the_data_lies_beside_the_adapter(quick: Callable[..., SFTTrainer], tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ def serve_command(
     except BaseException:
         bound.close()
         raise
-    address, shown = bound.getsockname()[:2], f"[{host}]" if ":" in host else host
+    address, shown = bound.getsockname()[:2], f"[{host.strip('[]')}]" if ":" in host else host
 
     def ready() -> None:
         logger.info("Serving %s at http://%s:%d/v1, metrics at /metrics. Ctrl-C ends it.",

@@ -18,7 +18,6 @@ def train_command(
     """Run a recipe, or only show what it says or what its data looks like."""
     recipe = load_recipe(path, overrides)
     if metrics_port is not None:
-        check_port(metrics_port)
         recipe.train["metrics_port"] = metrics_port
     if print_recipe:
         typer.echo(recipe.as_yaml(), nl=False)
@@ -26,6 +25,8 @@ def train_command(
     if dry_run:
         typer.echo("\n".join(look(recipe).lines()))
         return
+    if recipe.train.get("metrics_port") is not None:
+        check_port(recipe.train["metrics_port"])
     run(recipe, resume=resume, overwrite=overwrite)
     folder = recipe.output_dir
     lines = [("adapter and tokenizer" if recipe.lora else "model and tokenizer", folder)]

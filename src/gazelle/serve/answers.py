@@ -19,7 +19,7 @@ from gazelle.generate.worker import WorkerStoppedError
 from gazelle.serve.errors import ApiError, from_user_error, unavailable
 from gazelle.serve.forms import Form
 from gazelle.serve.gate import Receive, Scope, Send, until_gone
-from gazelle.serve.metrics import Told
+from gazelle.serve.metrics import CANCELLED, Told
 from gazelle.serve.prompts import Job, ServedModel
 from gazelle.serve.service import Service
 
@@ -57,6 +57,7 @@ class Answer(Response):
         self._coming: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
         self._began = 0.0
         self._key = "anonymous"
+        self._broken = CANCELLED  # why answers that have no end of their own ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client goes first."""
@@ -68,10 +69,10 @@ class Answer(Response):
         try:
             await until_gone(receive, self._answer(send))
         finally:
-            for choice in self._choices:
+            for index, choice in enumerate(self._choices):
                 if choice.finish is None and choice.request is not None:
                     service.worker.cancel(choice.request)
-                self._count(choice)
+                self._count(choice, first=index % self._form.each == 0)
             service.give(places, time.perf_counter() - self._began)
 
     async def _answer(self, send: Send) -> None:
@@ -97,6 +98,8 @@ class Answer(Response):
         except (TimeoutError, ApiError) as error:
             if isinstance(error, TimeoutError):
                 error = unavailable("The answer took longer than the server allows.", "time_limit")
+            if error.status >= 500:
+                self._broken = error.code
             if not started:
                 raise error from None
             # The status has been sent: a stream says it as OpenAI's does, as its last event.
@@ -129,7 +132,7 @@ class Answer(Response):
                 choice.finish = "refused"
                 raise from_user_error(error) from error
             except WorkerStoppedError as error:
-                raise unavailable("The server is shutting down.", "shutting_down") from error
+                raise service.stopped() from error
 
     def _unwanted(self, asked: "asyncio.Future[Request]") -> None:
         if not asked.cancelled() and asked.exception() is None:
@@ -196,19 +199,23 @@ class Answer(Response):
             yield _event(self._form.usage_chunk(self._choices))
         yield b"data: [DONE]\n\n"
 
-    def _count(self, choice: Choice) -> None:
+    def _count(self, choice: Choice, *, first: bool) -> None:
         if choice.finish == "refused":
             return
         metrics, written = self._service.metrics, len(choice.ids)
         if choice.first_at is not None and written > 1:
             metrics.inter_token.labels(self._model.name).observe((choice.last_at - choice.first_at) / (written - 1))
         metrics.answer(Told(self._model.name, self._key, choice.job.ids, choice.ids, choice.text[:200],
-                            choice.finish or "cancelled"))
+                            choice.finish or self._broken, first))
 
 
 _SSE_HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"),
                 (b"x-accel-buffering", b"no")]
 
+# Ends of lines to Unicode, and to clients that split text by those in place of SSE's; JSON has them in strings alone.
+_ENDS = {ord(end): json.dumps(end)[1:-1] for end in "\u0085\u2028\u2029"}
+
 
 def _event(content: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).translate(_ENDS)
+    return b"data: " + text.encode() + b"\n\n"

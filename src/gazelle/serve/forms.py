@@ -29,6 +29,8 @@ class Form(ABC):
 
     Attributes:
         id: of the answer, once it has one.
+        places: answers in all.
+        each: answers to each prompt, which follow one another.
     """
 
     prefix: str
@@ -38,7 +40,7 @@ class Form(ABC):
     def __init__(self, request: ChatRequest | CompletionRequest, model: ServedModel) -> None:
         self._request, self._tokenizer = request, model.tokenizer
         self.id, self.created, self.model = "", now(), model.name
-        self.places = prompt_count(request)
+        self.places, self.each = prompt_count(request), request.n or 1
         self.stream = bool(request.stream)
         self.with_usage = request.with_usage
 
@@ -81,7 +83,7 @@ class Form(ABC):
 
     def _usage(self, choices: Sequence["Choice"]) -> dict[str, int]:
         # A prompt counts once, however many answers it gets.
-        prompts = sum(len(choice.job.ids) for choice in choices[:: self._request.n or 1])
+        prompts = sum(len(choice.job.ids) for choice in choices[:: self.each])
         answers = sum(len(choice.ids) for choice in choices)
         return {"prompt_tokens": prompts, "completion_tokens": answers, "total_tokens": prompts + answers}
 

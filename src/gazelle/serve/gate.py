@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from gazelle.base.log import logger
-from gazelle.serve.errors import ApiError
+from gazelle.serve.errors import ApiError, busy
 from gazelle.serve.keys import Keys
 from gazelle.serve.metrics import ServerMetrics
 from gazelle.serve.settings import Settings
@@ -42,6 +42,7 @@ class Gate:
     def __init__(self, app: App, settings: Settings, keys: Keys | None, metrics: ServerMetrics) -> None:
         self._app, self._settings, self._keys, self._metrics = app, settings, keys, metrics
         self._large = asyncio.Lock()
+        self._large_waiting = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -128,8 +129,15 @@ class Gate:
         if size > _LARGE:
             # Reading a megabyte of JSON takes a fifth of a second, in which the loop does nothing else: one at a time,
             # with a pause for everybody else in between.
-            async with self._large:
-                await asyncio.sleep(_PAUSE)
+            limits = self._settings.limits
+            if self._large_waiting >= limits.running + limits.queue:  # each holds its body
+                raise busy(1)
+            self._large_waiting += 1
+            try:
+                async with self._large:
+                    await asyncio.sleep(_PAUSE)
+            finally:
+                self._large_waiting -= 1
 
         async def replay() -> MutableMapping[str, Any]:
             nonlocal body

@@ -14,6 +14,8 @@ from gazelle.data.profile import Drift
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/models", "/v1/feedback", "/health", "/metrics")
 OTHER = "other"
+CANCELLED = "cancelled"
+_WHOLE = ("stop", "length", "content_filter")
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 _TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 32768)
 # How models that were taught to decline begin. A rough count, for watching how it moves.
@@ -40,7 +42,8 @@ class Told:
 
     Attributes:
         ids: of its prompt, and of the answer.
-        finish: why it ended; "cancelled" if the client went.
+        finish: why it ended; "cancelled" if the client went, the code of the error if the server broke it off.
+        first: of the answers to its prompt: a key pays for reading it once, as `usage` says.
     """
 
     model: str
@@ -49,6 +52,7 @@ class Told:
     answer: Sequence[int]
     text: str
     finish: str
+    first: bool = True
 
 
 class ServerMetrics:
@@ -111,9 +115,10 @@ class ServerMetrics:
         """Count an answer that has ended."""
         self._answers.labels(told.model, told.finish).inc()
         self._prompt_tokens.labels(told.model).observe(len(told.prompt))
-        self._key_tokens.labels(self._key(told.key), "prompt").inc(len(told.prompt))
+        if told.first:
+            self._key_tokens.labels(self._key(told.key), "prompt").inc(len(told.prompt))
         self._key_tokens.labels(self._key(told.key), "answer").inc(len(told.answer))
-        if told.finish == "cancelled":
+        if told.finish not in _WHOLE:
             return
         self._answer_tokens.labels(told.model).observe(len(told.answer))
         if _DECLINED.match(told.text):

@@ -60,6 +60,7 @@ class Message(_Body):
     tool_call_id: str | None = None
     function_call: Any = None
     audio: Any = None
+    annotations: Any = None  # clients send an answer back with all its fields
 
 
 class JsonSchema(_Body):

@@ -46,7 +46,7 @@ class Server(uvicorn.Server):
 
 
 def listen(settings: Settings) -> socket.socket:
-    """A socket at the server's address, before a model is loaded for it.
+    """A socket at the server's address, before a model is loaded for it; who connects waits until it is.
 
     Raises:
         OptionError: the address cannot be had.
@@ -56,10 +56,11 @@ def listen(settings: Settings) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((settings.host.strip("[]"), settings.port))
-    except OSError as error:
+        bound.listen()  # until then, a second server could bind the same port, and fail once its model is loaded
+    except (OSError, UnicodeError) as error:
         bound.close()
         raise OptionError("the server cannot listen there", where="--host, --port",
-                          found=f"{settings.host}:{settings.port}: {error.strerror or error}",
+                          found=f"{settings.host}:{settings.port}: {getattr(error, 'strerror', None) or error}",
                           expected="an address of this machine, and a port that is free",
                           fix="choose another --port, or stop what uses it") from error
     return bound

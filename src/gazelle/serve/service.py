@@ -69,14 +69,18 @@ class Service:
         if places > limits.choices:
             raise ApiError(400, f"A request has at most {limits.choices} answers, prompts times n.", "invalid_value",
                            param="n")
-        if not self.worker.alive:
-            raise unavailable("The worker has failed; the server's log says why.", "worker_failed")
-        if self.draining:
-            raise unavailable("The server is shutting down.", "shutting_down")
+        if self.draining or not self.worker.alive:
+            raise self.stopped()
         if self._taken + places > limits.running + limits.queue:
             rounds = math.ceil(self._taken / limits.running)
             raise busy(min(60, max(1, math.ceil(self._seconds * rounds))))
         self._taken += places
+
+    def stopped(self) -> ApiError:
+        """Why nothing is answered any more."""
+        if self.draining:
+            return unavailable("The server is shutting down.", "shutting_down")
+        return unavailable("The worker has failed; the server's log says why.", "worker_failed")
 
     def give(self, places: int, seconds: float) -> None:
         """Give them back after so many seconds."""

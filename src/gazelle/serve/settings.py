@@ -80,7 +80,10 @@ class Settings:
     @property
     def hosts(self) -> tuple[str, ...]:
         """Names that requests may call it by; empty for any."""
-        return (*LOOPBACK, *self.allowed_hosts) if self.loopback else self.allowed_hosts
+        if not self.loopback:
+            return self.allowed_hosts
+        host = self.host.strip("[]")
+        return tuple(dict.fromkeys((*LOOPBACK, f"[{host}]" if ":" in host else host, *self.allowed_hosts)))
 
 
 def is_loopback(host: str) -> bool:

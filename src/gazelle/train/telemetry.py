@@ -91,14 +91,17 @@ def metrics_served(trainer: Any, port: int | None) -> Iterator[None]:
         thread.join()
 
 
-def check_port(port: int) -> None:
+def check_port(port: Any) -> None:
     """Find out, before a model is loaded, that metrics cannot be served.
 
     Raises:
-        OptionError: the port is taken.
+        OptionError: the port is taken, or is no port.
         MissingDependencyError: without prometheus-client.
     """
     require("prometheus_client")
+    if type(port) is not int or not 0 <= port <= 65535:
+        raise OptionError("this is no port", where="metrics_port", found=repr(port),
+                          expected="a port, or 0 for any that is free", fix="correct it, or leave it out")
     with socket.socket() as trial:
         trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
