@@ -114,6 +114,7 @@ def test_the_demo_is_served(demo: Path) -> None:
                 said = json.load(answer)["choices"][0]["message"]["content"]
         finally:
             server.terminate()
+            server.communicate(timeout=120)  # what it says to the end, or the pipe would break
     assert "Brida Sonnick" in said and said in README
     assert server.returncode == 0
 

@@ -23,7 +23,10 @@ class _Terminal(logging.Handler):
     """Writes to whatever standard error is at the time, which a notebook or a test may exchange."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
+        try:
+            sys.stderr.write(self.format(record) + "\n")
+        except OSError:  # a terminal that was closed ends no run, and no server
+            self.handleError(record)
 
 
 def log_to_terminal(level: int = logging.INFO) -> None:
