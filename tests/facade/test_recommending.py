@@ -58,9 +58,7 @@ def test_the_proposal_for_the_demo_scores_as_the_shipped_recipe() -> None:
 def test_todays_proposal_is_what_was_measured(folder: Path) -> None:
     llama(num_hidden_layers=30, max_position_embeddings=2048).save_pretrained(folder)  # as the demo's model is
     found = recommend(str(PACKAGE / "demo/train.jsonl"), str(folder))
-    renamed = {"data.eval_fraction": "data.eval_split"}  # since then
-    proposed = json.loads(RESULT.read_text(encoding="utf-8"))["proposed"]
-    measured = {renamed.get(item["option"], item["option"]): item["value"] for item in proposed}
+    measured = {item["option"]: item["value"] for item in json.loads(RESULT.read_text(encoding="utf-8"))["proposed"]}
     assert {f"{item.section}.{item.option}": item.value for item in found.choices
             if item.option not in ("name", "train")} == measured
 
