@@ -11,6 +11,7 @@ import multiprocessing
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def measure(share: float, rows: int, length: int, steps: int) -> dict[str, Any]:
     from transformers import TrainerCallback
 
     from gazelle import FastLanguageModel, SFTConfig, SFTTrainer
-    from gazelle.cli.bench import resident
+    from gazelle.base.memory import memory_growth
     from gazelle.cli.demo import demo_model
     from gazelle.engine.keep import ALL
 
@@ -32,12 +33,13 @@ def measure(share: float, rows: int, length: int, steps: int) -> dict[str, Any]:
         memory = 0
 
         def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-            Path("/proc/self/clear_refs").write_text("5")  # forgets the highest resident size so far
-            self.before, self.began = resident("VmRSS"), time.perf_counter()
+            self.block = ExitStack()
+            self.growth, self.began = self.block.enter_context(memory_growth("cpu")), time.perf_counter()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             self.seconds.append(time.perf_counter() - self.began)
-            self.memory = max(self.memory, resident("VmHWM") - self.before)
+            self.block.close()
+            self.memory = max(self.memory, self.growth.bytes or 0)
 
     model, tokenizer = FastLanguageModel.from_pretrained(str(demo_model()), max_seq_length=length, load_in_4bit=False)
     model = FastLanguageModel.get_peft_model(model, r=16, lora_alpha=16)

@@ -53,6 +53,7 @@ def child(kind: str, options: argparse.Namespace) -> Any:
 
 def measured(kind: str, steps: int, rows: int) -> dict[str, Any]:
     from gazelle import FastLanguageModel, SFTConfig, SFTTrainer
+    from gazelle.base.memory import memory_growth
     from gazelle.cli.demo import demo_model
 
     model, tokenizer = FastLanguageModel.from_pretrained(str(demo_model()), max_seq_length=512, load_in_4bit=False)
@@ -66,24 +67,12 @@ def measured(kind: str, steps: int, rows: int) -> dict[str, Any]:
         args = SFTConfig(output_dir=folder, max_steps=steps, per_device_train_batch_size=8, report=False,
                          disable_tqdm=True, save_strategy="no", logging_steps=1, **chosen)
         trainer = SFTTrainer(model, args, train, test[:rows], tokenizer)
-        before, peak = peak_of(trainer.train)
+        gc.collect()
+        with memory_growth("cpu") as growth:
+            trainer.train()
         metrics = (Path(folder) / "metrics.jsonl").read_text().splitlines()
     last = [entry for entry in map(json.loads, metrics) if "eval_loss" in entry][-1:]
-    return {"peak_gb": round(peak / 1e9, 4), "taken_gb": round((peak - before) / 1e9, 4), "evaluated": last}
-
-
-def peak_of(work: Any) -> tuple[int, int]:
-    """Bytes resident before `work`, and at most while it runs: Linux forgets the earlier peak when it is asked to."""
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")
-    before = status("VmRSS")
-    work()
-    return before, status("VmHWM")
-
-
-def status(name: str) -> int:
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+    return {"peak_gb": round(growth.peak / 1e9, 4), "taken_gb": round(growth.bytes / 1e9, 4), "evaluated": last}
 
 
 if __name__ == "__main__":

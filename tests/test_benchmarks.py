@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import importlib.util
 import inspect
 import json
 import subprocess
@@ -27,6 +28,16 @@ def test_every_op_has_cases(name):
     assert module.__doc__
     tree = ast.parse(inspect.getsource(module))
     assert ast.unparse(tree.body[-1]).startswith("if __name__ == '__main__':"), "it cannot be run alone"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_what_is_imported_is_there(path):
+    """Also inside of functions, which no test runs: they would only be missed after minutes of measuring."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "gazelle":
+            module = importlib.import_module(node.module)
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)
+                    and importlib.util.find_spec(f"{node.module}.{alias.name}") is None] == []
 
 
 def run(*arguments):
