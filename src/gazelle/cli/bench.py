@@ -37,7 +37,7 @@ from gazelle.models import options
 from gazelle.models.packed import packed_attention_on
 from gazelle.models.swap import accelerate
 from gazelle.train.config import SFTConfig
-from gazelle.train.dataset import Collator
+from gazelle.train.dataset import Collator, moved
 from gazelle.train.loss import batch_loss
 from gazelle.train.step import GraphedStep, refuses_graph
 
@@ -220,11 +220,6 @@ def their_side(model: Any, tokenizer: Any) -> Side:
         return loss
 
     return Side(model, loss_of)
-
-
-def moved(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """A batch on its device."""
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
 def now() -> float:

@@ -11,7 +11,7 @@ import jinja2
 import yaml
 
 from gazelle.base.errors import OptionError
-from gazelle.base.figures import COLOURS, INK
+from gazelle.base.figures import COLOURS, INK, new_figures, svg_of
 from gazelle.base.files import write_text
 from gazelle.data.text_metrics import METRICS
 from gazelle.models.record import RECORD, read_record
@@ -72,14 +72,13 @@ def as_json(runs: Sequence[Run]) -> str:
 
 def draw(runs: Sequence[Run]) -> Any:
     """Loss, evaluation loss and learning rate of all runs, one colour a run, as a matplotlib figure."""
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     panels = (("Training loss", lambda name: name == "loss"), ("Evaluation loss", is_eval_loss),
               ("Learning rate", lambda name: name == "learning_rate"))
-    figure = Figure(figsize=(15, 4.6), layout="constrained")
+    figure, every = new_figures([title for title, _ in panels], (15, 4.6))
     handles: dict[str, Any] = {}
-    for axes, (title, wanted) in zip(figure.subplots(1, 3), panels, strict=True):
+    for axes, (_, wanted) in zip(every, panels, strict=True):
         for number, run in enumerate(runs):
             colour = COLOURS[number % len(COLOURS)]
             dashes = ("-", "--", ":", "-.")[number // len(COLOURS) % 4]
@@ -89,12 +88,8 @@ def draw(runs: Sequence[Run]) -> Any:
                                   marker="o" if len(points) < 30 else None, markersize=3.5) if points else (None,)
                 if line is not None:
                     handles.setdefault(run.name, line)
-        axes.set_title(title, loc="left", fontsize=11, color=INK)
         axes.set_xlabel("optimizer step", color=INK)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=INK)
         if not axes.lines:
             axes.text(0.5, 0.5, "none", transform=axes.transAxes, ha="center", color=INK)
     if handles:
@@ -105,16 +100,8 @@ def draw(runs: Sequence[Run]) -> Any:
 
 def write_page(runs: Sequence[Run], path: Path) -> None:
     """The table and the curves as one HTML file without outside parts."""
-    import io
-
-    import matplotlib as mpl
-
-    buffer = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "gazelle"}):
-        draw(runs).savefig(buffer, format="svg", metadata={"Date": None})
-    svg = buffer.getvalue()
     page = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined).from_string(_PAGE)
-    write_text(path, page.render(names=[run.name for run in runs], rows=table(runs), plot=svg[svg.index("<svg"):]))
+    write_text(path, page.render(names=[run.name for run in runs], rows=table(runs), plot=svg_of(draw(runs))))
 
 
 def _read(folder: Path, name: str) -> Run:

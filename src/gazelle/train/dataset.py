@@ -68,6 +68,16 @@ class Collator:
         return batch
 
 
+def moved(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch on its device."""
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def padding_id(tokenizer: Any) -> int:
+    """What a `Collator` pads with: the tokenizer's padding, or its end of text where it has none."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 class DictRows(Dataset[dict[str, list[int]]]):
     """The rows as dictionaries, for a collator that the caller brought.
 

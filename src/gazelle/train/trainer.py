@@ -29,7 +29,7 @@ from gazelle.models.special_tokens import stop_at_end_of_turn
 from gazelle.models.swap import accelerate
 from gazelle.train.answers import Answers
 from gazelle.train.config import optimizer_name, with_options
-from gazelle.train.dataset import Collator
+from gazelle.train.dataset import Collator, padding_id
 from gazelle.train.evaluation import EvaluatingTrainer
 from gazelle.train.facts import run_facts
 from gazelle.train.loss import batch_loss
@@ -126,7 +126,6 @@ class SFTTrainer(Pushes, EvaluatingTrainer):
         if self.prepared.train is not None:
             self.plan = plan_run(model, self.prepared.train, config, packed=self._packed)
         self._use_cache_before = getattr(model.config, "use_cache", None)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         config.remove_unused_columns = False  # what the data room hands over is all used
         if config.data_seed is None:
             config.data_seed = config.seed  # accelerate would take whatever torch was last seeded with
@@ -140,7 +139,7 @@ class SFTTrainer(Pushes, EvaluatingTrainer):
                 train_dataset=self._dataset(self.prepared.train),
                 eval_dataset=self._dataset(self.prepared.eval),
                 processing_class=tokenizer,
-                data_collator=data_collator or Collator(self._packed, pad, round_up=self._graphed),
+                data_collator=data_collator or Collator(self._packed, padding_id(tokenizer), round_up=self._graphed),
                 compute_metrics=compute_metrics,
                 preprocess_logits_for_metrics=preprocess_logits_for_metrics,
                 callbacks=callbacks,

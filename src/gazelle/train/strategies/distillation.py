@@ -13,9 +13,15 @@ from gazelle.base.log import say_once
 from gazelle.data.encode import Example
 from gazelle.models.packed import packed_attention_on, supports_packing
 from gazelle.models.swap import accelerate
-from gazelle.train.dataset import Bins, Collator, labelled_targets
+from gazelle.train.dataset import Bins, Collator, labelled_targets, padding_id
 from gazelle.train.loss import labelled_logits
-from gazelle.train.strategies.teacher_logits import TaughtCollator, TeacherLogits, TopLogits, left_out
+from gazelle.train.strategies.teacher_logits import (
+    TaughtCollator,
+    TeacherLogits,
+    TopLogits,
+    left_out,
+    vocabulary_of,
+)
 from gazelle.train.trainer import SFTTrainer
 
 
@@ -102,8 +108,7 @@ class DistillationTrainer(SFTTrainer):
         self.teacher: Any = accelerate(teacher_model) if kept is None else None
         self.temperature, self.alpha_ce, self.alpha_mse = temperature, alpha_ce, alpha_mse
         self._graphed = False
-        tokenizer = self.processing_class
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        pad = padding_id(self.processing_class)
         self.kept = kept
         if kept is not None:
             kept.check(self._rows(), vocabulary_of(student_model))
@@ -156,11 +161,6 @@ class DistillationTrainer(SFTTrainer):
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes
         return loss
-
-
-def vocabulary_of(model: Any) -> int:
-    """Rows of a model's head."""
-    return int(unwrap(model).get_output_embeddings().weight.shape[0])
 
 
 def check_fits(teacher_model: Any, student_model: Any) -> None:

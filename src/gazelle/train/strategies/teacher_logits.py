@@ -12,6 +12,7 @@ Shapes: n labelled positions, k of V logits kept for each.
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from gazelle.base.files import staged_folder
 from gazelle.data.encode import IGNORED, Example
 from gazelle.models.packed import packed_attention_on, supports_packing
 from gazelle.train.config import with_options
-from gazelle.train.dataset import Collator, labelled_targets, make_bins
+from gazelle.train.dataset import Collator, labelled_targets, make_bins, moved, padding_id
 from gazelle.train.loss import labelled_logits
 from gazelle.train.prepare import prepare
 
@@ -95,7 +96,7 @@ def save_teacher_logits(teacher_model: Any, tokenizer: Any, train_dataset: Any, 
         DataError: rows that cannot be used.
     """
     base = unwrap(teacher_model)
-    vocabulary = base.get_output_embeddings().weight.shape[0]
+    vocabulary = vocabulary_of(base)
     if isinstance(top_k, bool) or not isinstance(top_k, int) or not 1 <= top_k <= vocabulary:
         raise OptionError("so many logits cannot be kept", where="top_k", found=repr(top_k),
                           expected=f"a whole number from 1 to {vocabulary:,}", fix="64 is plenty")
@@ -105,7 +106,7 @@ def save_teacher_logits(teacher_model: Any, tokenizer: Any, train_dataset: Any, 
         raise DataError("there are no rows", where="train_dataset", found="None", expected="training data",
                         fix="pass what the trainer will be passed")
     packed = supports_packing(teacher_model) is None
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    collator = Collator(packed, padding_id(tokenizer))
     bins = make_bins(encoded, packing=config.packing, strategy=config.packing_strategy,
                      capacity=config.max_length or base.config.max_position_embeddings).bins
     rows = list({row_key(row): row for bin_ in bins for row in bin_}.values())
@@ -117,11 +118,19 @@ def save_teacher_logits(teacher_model: Any, tokenizer: Any, train_dataset: Any, 
             writer = _Shards(staging)
             for at in range(0, len(rows), config.per_device_train_batch_size):
                 batch = rows[at : at + config.per_device_train_batch_size]
-                writer.add(batch, _top_logits(teacher_model, batch, Collator(packed, pad), top_k))
-            writer.close(Settings(base.config._name_or_path, top_k, vocabulary, len(rows), 0, 0))
+                writer.add(batch, _top_logits(teacher_model, batch, collator, top_k))
+            writer.close()
+            settings = Settings(base.config._name_or_path, top_k, vocabulary, len(rows), writer.positions,
+                                writer.number)
+            (staging / INDEX).write_text(json.dumps(asdict(settings), indent=2) + "\n", encoding="utf-8")
     finally:
         teacher_model.train(training)
     return Path(folder)
+
+
+def vocabulary_of(model: Any) -> int:
+    """Rows of a model's head."""
+    return int(unwrap(model).get_output_embeddings().weight.shape[0])
 
 
 def row_key(row: Example) -> bytes:
@@ -133,13 +142,9 @@ def row_key(row: Example) -> bytes:
 
 def _top_logits(model: Any, rows: list[Example], collator: Collator, top_k: int) -> TopLogits:
     entry: dict[str, Any] = {"rows": rows}
-    device = unwrap(model).device
-    batch = collator([entry])
-    inputs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+    inputs = moved(collator([entry]), unwrap(model).device)
     positions, _ = labelled_targets(inputs["labels"])
-    if not collator.packed:
-        return TopLogits.of(labelled_logits(model, inputs, positions), top_k)
-    with packed_attention_on(model):
+    with packed_attention_on(model) if collator.packed else nullcontext():
         return TopLogits.of(labelled_logits(model, inputs, positions), top_k)
 
 
@@ -177,11 +182,10 @@ class _Shards:
         save_file(tensors, self.folder / f"teacher-{self.number:04}.safetensors")
         self._clear()
 
-    def close(self, settings: Settings) -> None:
+    def close(self) -> None:
+        """Write what is left."""
         if self.keys:
             self._write()
-        said = asdict(settings) | {"positions": self.positions, "shards": self.number}
-        (self.folder / INDEX).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
 class TeacherLogits:
